@@ -1,0 +1,1 @@
+"""Reference control plane: small, correct, for a laptop, tests and examples."""

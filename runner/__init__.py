@@ -1,0 +1,1 @@
+"""The local execution runner. Empty on purpose: the shim imports this package and must stay small."""

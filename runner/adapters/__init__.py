@@ -1,0 +1,1 @@
+"""Edges: one file per outside thing; each maps foreign exceptions to ours."""

@@ -1,0 +1,1 @@
+"""Pure judgement: inputs in, effects out. No clock, no I/O, no logging, no randomness."""
