@@ -1,0 +1,32 @@
+"""What a runner tells beside receipts and settlements. Unknown kinds and fields are stored and otherwise ignored."""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from protocol.errors import Reason
+from protocol.wire import Count, Detail, Id, Millis, Open, Positive
+
+
+class EventKind(StrEnum):
+    """The kinds this version tells."""
+
+    ALARM_RAISED = "alarm.raised"
+    ATTEMPT_ADOPTED = "attempt.adopted"
+    ORPHAN_SWEPT = "orphan.swept"
+    POLICY_CHANGED = "policy.changed"
+
+
+class Event(Open):
+    """Something that happened on the runner, for people and dashboards; nothing is settled by an event."""
+
+    v: Literal[1] = 1
+    kind: Annotated[str, Field(pattern=r"^[a-z_]{1,32}(\.[a-z_]{1,32}){1,3}$")]
+    at_ms: Millis
+    reason: Reason | None = None
+    detail: Detail = ""
+    cmd_id: Id | None = None
+    execution_id: Id | None = None
+    start_token: Positive | None = None
+    count: Count | None = None

@@ -1,0 +1,97 @@
+"""Every bound of the protocol: its value, its unit (last in the name) and why it is that.
+
+Both sides hold them; `docs/protocol.md` quotes them. The relations between them are asserted at import.
+"""
+
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+
+# --- what crosses the wire -------------------------------------------------------------------------------------
+FRAME_BYTES_MAX: Final = 128 * KIB
+"""One WebSocket message. Larger ones are refused by the transport before anything is parsed."""
+ENVELOPE_BYTES_MAX: Final = 96 * KIB
+"""A sealed envelope: a payload of the maximum size grows by a third in base64, plus eight signatures."""
+PAYLOAD_BYTES_MAX: Final = 64 * KIB
+"""A signed payload; also what fits a document of the cloud backend several times over."""
+REPORT_BYTES_MAX: Final = 96 * KIB
+"""One `report`: small enough that a heartbeat never waits long behind it."""
+REPORT_ITEMS_MAX: Final = 64
+"""Items in one `report`: one transaction of the control plane."""
+RECORD_HEADER_BYTES: Final = 16
+RECORD_PAYLOAD_BYTES_MAX: Final = 64 * KIB
+"""One gather of the shim, hence a real arrival time."""
+DATA_HEADER_BYTES: Final = 16
+DATA_SLICE_BYTES_MAX: Final = RECORD_HEADER_BYTES + RECORD_PAYLOAD_BYTES_MAX
+"""One data frame: 64 KiB frames are the fastest measured, and one whole record always fits."""
+
+# --- what a payload may hold -----------------------------------------------------------------------------------
+JSON_DEPTH_MAX: Final = 16
+"""Nesting; the cloud backend stores no deeper document."""
+JSON_INT_MAX: Final = 2**53 - 1
+"""Integers that every JSON implementation reads alike."""
+SIGNATURES_MAX: Final = 8
+"""Signatures in an envelope: enough for any t-of-n we issue, few enough to verify at once."""
+ID_LENGTH_MAX: Final = 64
+ARGV_ITEMS_MAX: Final = 1024
+ARGV_ITEM_BYTES_MAX: Final = 32 * KIB
+"""Linux itself stops at 128 KiB for one string; the payload bound stops us earlier."""
+ENV_ITEMS_MAX: Final = 512
+ENV_VALUE_BYTES_MAX: Final = 32 * KIB
+SECRETS_ITEMS_MAX: Final = 64
+SECRET_BYTES_MAX: Final = 16 * KIB
+PATH_BYTES_MAX: Final = 4096
+"""PATH_MAX."""
+LABELS_MAX: Final = 32
+DETAIL_CHARS_MAX: Final = 500
+"""Free text in a receipt or event: for a person, never parsed."""
+
+# --- time ------------------------------------------------------------------------------------------------------
+COMMAND_TTL_MS_MAX: Final = 10 * 60 * 1000
+"""`exp - iat` of a command that starts something: longer ones are forgotten promises."""
+SAFETY_TTL_MS_MAX: Final = 24 * 60 * 60 * 1000
+"""`exp - iat` of a stop: it may have to wait for a laptop to wake."""
+CLOCK_SKEW_MS: Final = 60 * 1000
+"""Tolerated on `nbf` and `exp`: the runner judges by the control plane's own clock, so this covers transit."""
+HANDSHAKE_TIMEOUT_MS: Final = 10 * 1000
+BEAT_INTERVAL_MS: Final = 10 * 1000
+"""Default heartbeat; the control plane dictates the real one in `beaten`."""
+BEAT_INTERVAL_MS_MIN: Final = 1000
+BEAT_INTERVAL_MS_MAX: Final = 10 * 60 * 1000
+LEASE_TTL_MS: Final = 60 * 1000
+LEASE_TTL_MS_MIN: Final = 1000
+LEASE_TTL_MS_MAX: Final = 24 * 60 * 60 * 1000
+LEASE_MARGIN_MS: Final = 5 * 1000
+"""Stopping at lease loss is over this long before the deadline."""
+REGRANT_DELAY_MS: Final = 15 * 1000
+"""The control plane grants a resource anew no earlier than this after its own grant ran out."""
+GRACE_MS: Final = 10 * 1000
+GRACE_MS_MAX: Final = 300 * 1000
+KILL_WAIT_MS: Final = 5 * 1000
+TIMEOUT_MS_MAX: Final = 30 * 24 * 60 * 60 * 1000
+KEYSET_TTL_MS_MAX: Final = 90 * 24 * 60 * 60 * 1000
+JOIN_TOKEN_TTL_MS: Final = 10 * 60 * 1000
+
+# --- how much may be under way ---------------------------------------------------------------------------------
+COMMANDS_UNACKED_MAX: Final = 256
+"""Commands sent and not yet answered by a receipt: bounds the runner's memory and a resend after a reconnect."""
+REPORTS_IN_FLIGHT_MAX: Final = 4
+"""`report`s sent and not yet answered: a slow control plane slows us instead of filling memory."""
+RETRY_MS: Final = 10 * 1000
+"""A command or report without any answer for this long is sent again; both sides take doubles without harm."""
+CHANNELS_MAX: Final = 4096
+CHANNEL_WINDOW_BYTES: Final = 4 * MIB
+"""Credit ahead of the receiver's end, per channel; absolute, so a lost or doubled grant is harmless."""
+ACK_AFTER_BYTES: Final = 1 * MIB
+"""Credit is renewed at least this often while data flows."""
+SEGMENT_BYTES: Final = 8 * MIB
+SPOOL_BYTES_PER_EXECUTION: Final = 1024 * MIB
+BEAT_LEASES_MAX: Final = 1024
+HINTS_MAX: Final = 256
+
+assert PAYLOAD_BYTES_MAX * 4 // 3 + SIGNATURES_MAX * 256 <= ENVELOPE_BYTES_MAX < FRAME_BYTES_MAX
+assert REPORT_BYTES_MAX < FRAME_BYTES_MAX
+assert DATA_HEADER_BYTES + DATA_SLICE_BYTES_MAX < FRAME_BYTES_MAX
+assert LEASE_MARGIN_MS + KILL_WAIT_MS < LEASE_TTL_MS
+assert ACK_AFTER_BYTES * 2 <= CHANNEL_WINDOW_BYTES

@@ -1,0 +1,279 @@
+"""Text frames of a session: one JSON object each, told apart by `t`.
+
+They are unsigned and local to the hop. What must be believed inside them is a signed envelope, carried as text in `env`
+so that its bytes stay as they were signed.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Final, Literal, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from protocol import strict_json
+from protocol.errors import CloseCode, Reason, RemoteError
+from protocol.keyset import Root
+from protocol.limits import (
+    BEAT_INTERVAL_MS_MAX,
+    BEAT_INTERVAL_MS_MIN,
+    BEAT_LEASES_MAX,
+    ENVELOPE_BYTES_MAX,
+    FRAME_BYTES_MAX,
+    HINTS_MAX,
+    REPORT_ITEMS_MAX,
+)
+from protocol.wire import Count, Detail, DigestText, Id, Millis, Open, Positive, first_error
+
+PROTOCOL_VERSION: Final = 1
+SUBPROTOCOL: Final = "local-runner.v1"
+EnvelopeText = Annotated[str, Field(min_length=2, max_length=ENVELOPE_BYTES_MAX)]
+Nonce = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{43}$")]
+AttemptName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}\.[1-9][0-9]{0,15}$")]
+
+
+class Hello(Open):
+    """runner → plane: opens the handshake. Changes nothing on either side."""
+
+    t: Literal["hello"] = "hello"
+    v_min: Positive = PROTOCOL_VERSION
+    v_max: Positive = PROTOCOL_VERSION
+    org: Id
+    runner: Id
+    nonce: Nonce
+
+
+class Challenge(Open):
+    """plane → runner: what the proof must sign."""
+
+    t: Literal["challenge"] = "challenge"
+    v: Positive = PROTOCOL_VERSION
+    nonce: Nonce
+    now_ms: Millis
+
+
+class Proof(Open):
+    """runner → plane: the signed hello."""
+
+    t: Literal["proof"] = "proof"
+    env: EnvelopeText
+
+
+class Welcome(Open):
+    """plane → runner: the signed welcome, and the keyset when the runner's is older."""
+
+    t: Literal["welcome"] = "welcome"
+    env: EnvelopeText
+    keyset: EnvelopeText | None = None
+    certificate: EnvelopeText | None = None
+    """A certificate of a new incarnation, where the streams start again."""
+
+
+class Enroll(Open):
+    """runner → plane: instead of `hello`, with a join token; the envelope is signed by the key that is enrolled."""
+
+    t: Literal["enroll"] = "enroll"
+    env: EnvelopeText
+
+
+class Enrolled(Open):
+    """plane → runner: the root it must compare with its join string, the keyset and its certificate."""
+
+    t: Literal["enrolled"] = "enrolled"
+    root: Root
+    keyset: EnvelopeText
+    certificate: EnvelopeText
+
+
+class CommandFrame(Open):
+    """plane → runner: a command."""
+
+    t: Literal["command"] = "command"
+    env: EnvelopeText
+
+
+class Need(Open):
+    """runner → plane: send the `ctl` stream again from `seq`."""
+
+    t: Literal["need"] = "need"
+    seq: Positive
+
+
+class Refused(Open):
+    """runner → plane: an envelope that consumed no number, by the digest of the envelope as received."""
+
+    t: Literal["refused"] = "refused"
+    digest: DigestText
+    reason: Reason
+    detail: Detail = ""
+    cmd_id: Id | None = None
+    """Only when the signature was good."""
+
+
+class ItemKind(StrEnum):
+    """What a report item is."""
+
+    RECEIPT = "receipt"
+    SETTLEMENT = "settlement"
+    EVENT = "event"
+
+
+class ReportItem(Open):
+    """One durable statement; `body` is an envelope, or an event's JSON."""
+
+    out_seq: Positive
+    kind: ItemKind
+    body: EnvelopeText
+
+
+class Report(Open):
+    """runner → plane: statements in the order of `out_seq`."""
+
+    t: Literal["report"] = "report"
+    items: Annotated[list[ReportItem], Field(min_length=1, max_length=REPORT_ITEMS_MAX)]
+
+
+class Answer(Open):
+    """The final word on one item: it is durable at the plane, or refused for ever."""
+
+    out_seq: Positive
+    stored: bool
+    reason: Reason | None = None
+
+
+class Reported(Open):
+    """plane → runner: answers, in any order."""
+
+    t: Literal["reported"] = "reported"
+    answers: Annotated[list[Answer], Field(min_length=1, max_length=REPORT_ITEMS_MAX)]
+
+
+class HeldLease(Open):
+    """A lease the runner holds and wants renewed."""
+
+    res: Annotated[str, Field(max_length=100)]
+    token: Positive
+
+
+class Beat(Open):
+    """runner → plane: alive, accepted `ctl` up to `hw`, and these leases are held."""
+
+    t: Literal["beat"] = "beat"
+    n: Positive
+    hw: Count
+    leases: Annotated[list[HeldLease], Field(max_length=BEAT_LEASES_MAX)] = []
+    attempts: Annotated[list[AttemptName], Field(max_length=BEAT_LEASES_MAX)] = []
+
+
+class Renewal(Open):
+    """A lease after the beat: renewed for `ttl_ms` from the moment the beat was sent, or refused."""
+
+    res: Annotated[str, Field(max_length=100)]
+    token: Positive
+    ttl_ms: Positive | None = None
+    reason: Reason | None = None
+
+
+class Hint(Open):
+    """What the plane wants of an attempt, and the signed command that says so; unsigned, so it stops nothing by itself."""
+
+    attempt: AttemptName
+    want: Annotated[str, Field(pattern=r"^[a-z_]{1,32}$")]
+    cmd_id: Id
+
+
+class Beaten(Open):
+    """plane → runner: the answer to beat `n`, and the interval until the next."""
+
+    t: Literal["beaten"] = "beaten"
+    n: Positive
+    now_ms: Millis
+    beat_ms: Annotated[int, Field(ge=BEAT_INTERVAL_MS_MIN, le=BEAT_INTERVAL_MS_MAX)]
+    leases: Annotated[list[Renewal], Field(max_length=BEAT_LEASES_MAX)] = []
+    hints: Annotated[list[Hint], Field(max_length=HINTS_MAX)] = []
+
+
+class LogOpen(Open):
+    """runner → plane: `channel` is the log of `attempt`; it can be had from `first` on."""
+
+    t: Literal["open"] = "open"
+    channel: Count
+    attempt: AttemptName
+    first: Count
+
+
+class Resume(Open):
+    """plane → runner: send the log of `channel` from `offset`, up to `credit`."""
+
+    t: Literal["resume"] = "resume"
+    channel: Count
+    offset: Count
+    credit: Count
+
+
+class Ack(Open):
+    """plane → runner: below `offset` the log is durable here; up to `credit` may be sent. Absolute, so doubles are harmless."""
+
+    t: Literal["ack"] = "ack"
+    channel: Count
+    offset: Count
+    credit: Count
+
+
+class Gap(Open):
+    """runner → plane: `[start, end)` of the log does not exist any more; needs no credit."""
+
+    t: Literal["gap"] = "gap"
+    channel: Count
+    start: Count
+    end: Count
+
+
+class LogClosed(Open):
+    """runner → plane: the log of `channel` is complete at `end`."""
+
+    t: Literal["closed"] = "closed"
+    channel: Count
+    end: Count
+
+
+class Bye(Open):
+    """Either side: the connection ends on purpose."""
+
+    t: Literal["bye"] = "bye"
+    reason: Reason
+    detail: Detail = ""
+
+
+FromRunner = Hello | Proof | Enroll | Need | Refused | Report | Beat | LogOpen | Gap | LogClosed | Bye
+FromPlane = Challenge | Welcome | Enrolled | CommandFrame | Reported | Beaten | Resume | Ack | Bye
+Message = FromRunner | FromPlane
+
+M = TypeVar("M")
+
+_FROM_RUNNER: Final[TypeAdapter[FromRunner]] = TypeAdapter(Annotated[FromRunner, Field(discriminator="t")])
+_FROM_PLANE: Final[TypeAdapter[FromPlane]] = TypeAdapter(Annotated[FromPlane, Field(discriminator="t")])
+
+
+def encode(message: Message) -> str:
+    """A message as a text frame."""
+    return strict_json.dumps(message.model_dump(mode="json", exclude_none=True)).decode("utf-8")
+
+
+def decode_from_runner(text: str) -> FromRunner:
+    """Read a runner's text frame. Raises RemoteError(BAD_FRAME)."""
+    return _decode(text, _FROM_RUNNER)
+
+
+def decode_from_plane(text: str) -> FromPlane:
+    """Read a control plane's text frame. Raises RemoteError(BAD_FRAME)."""
+    return _decode(text, _FROM_PLANE)
+
+
+def _decode(text: str, adapter: TypeAdapter[M]) -> M:
+    try:
+        document = text.encode("utf-8")
+        strict_json.loads_object(document, FRAME_BYTES_MAX)
+        return adapter.validate_json(document)
+    except ValidationError as exc:
+        raise RemoteError(Reason.BAD_FRAME, first_error(exc), CloseCode.BAD_FRAME) from None
+    except ValueError as exc:
+        raise RemoteError(Reason.BAD_FRAME, str(exc)[:100], CloseCode.BAD_FRAME) from None

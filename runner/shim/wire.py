@@ -1,0 +1,129 @@
+"""
+The shim's wire (docs/shim.md §4) as bytes: framing and message bodies. Pure.
+"""
+
+from __future__ import annotations
+
+import _struct
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
+PROTO: Final = 1
+HELLO, RELEASE, LEASE, STOP, COLLECTED, ARM, TRIM = 1, 2, 3, 4, 5, 6, 7
+WELCOME, STARTED, EXIT, BELL = 129, 130, 131, 132
+PHASE_READY, PHASE_RELEASED, PHASE_RUNNING, PHASE_EXITED = 1, 2, 3, 4
+FRAME_MAX: Final = 65_536
+RELEASE_MAX: Final = 262_144
+GRACE_OF_SPEC: Final = 0xFFFF_FFFF
+WHO_BYTES_MAX: Final = 256
+DEADLINE_MS_MAX: Final = 1 << 62
+
+_LENGTH: Final = _struct.Struct("<I")
+_HELLO: Final = _struct.Struct("<HHQ")
+_LEASE: Final = _struct.Struct("<QQB")
+_STOP: Final = _struct.Struct("<I")
+_OFFSET: Final = _struct.Struct("<Q")
+_WELCOME: Final = _struct.Struct("<HBQQQIQ")
+_STARTED: Final = _struct.Struct("<IQQ")
+
+
+class WireError(ValueError):
+    """
+    A frame or body that breaks the protocol; its connection is closed, nothing else is touched.
+    """
+
+
+def pack(kind: int, body: bytes = b"") -> bytes:
+    """
+    One frame.
+    """
+    return _LENGTH.pack(len(body) + 1) + bytes((kind,)) + body
+
+
+def take(inbox: bytearray) -> tuple[int, bytes] | None:
+    """
+    Remove the first whole frame from `inbox` as `(type, body)`, None while it is incomplete.
+
+    Raises WireError for a length of zero or above the type's bound, before the body has arrived.
+    """
+    if len(inbox) < 5:
+        if len(inbox) >= 4 and _LENGTH.unpack_from(inbox)[0] == 0:
+            raise WireError("empty frame")
+        return None
+    (length,) = _LENGTH.unpack_from(inbox)
+    if length == 0 or length > (RELEASE_MAX if inbox[4] == RELEASE else FRAME_MAX):
+        raise WireError(f"frame of {length} bytes")
+    if len(inbox) < 4 + length:
+        return None
+    kind = inbox[4]
+    body = bytes(inbox[5 : 4 + length])
+    if kind == RELEASE:
+        # Secrets do not stay behind in a buffer that lives as long as the connection.
+        inbox[: 4 + length] = bytes(4 + length)
+    del inbox[: 4 + length]
+    return kind, body
+
+
+def unpack_hello(body: bytes) -> tuple[int, int, int]:
+    """
+    `(proto_min, proto_max, epoch)`. Raises WireError.
+    """
+    low, high, epoch = _unpack(_HELLO, body)
+    return low, high, epoch
+
+
+def unpack_lease(body: bytes) -> tuple[int, int, int]:
+    """
+    `(token, deadline_ms, action)`. Raises WireError for an action that is not known.
+    """
+    token, deadline_ms, action = _unpack(_LEASE, body)
+    if action > 2 or deadline_ms > DEADLINE_MS_MAX:
+        raise WireError("lease action or deadline out of range")
+    return token, deadline_ms, action
+
+
+def unpack_stop(body: bytes) -> tuple[int | None, str]:
+    """
+    `(grace_ms, who)`; None is the spec's grace. Raises WireError.
+    """
+    (grace_ms,) = _unpack(_STOP, body)
+    who = body[_STOP.size : _STOP.size + WHO_BYTES_MAX].decode("utf-8", "replace")
+    return (None if grace_ms == GRACE_OF_SPEC else grace_ms), who
+
+
+def unpack_offset(body: bytes) -> int:
+    """
+    The offset of ARM, TRIM or BELL. Raises WireError.
+    """
+    (offset,) = _unpack(_OFFSET, body)
+    return offset
+
+
+def pack_welcome(*, phase: int, first: int, end: int, lease_token: int, pid: int, start: int) -> bytes:
+    """
+    The WELCOME frame.
+    """
+    return pack(WELCOME, _WELCOME.pack(PROTO, phase, first, end, lease_token, pid, start))
+
+
+def pack_started(pid: int, start: int, started_ns: int) -> bytes:
+    """
+    The STARTED frame.
+    """
+    return pack(STARTED, _STARTED.pack(pid, start, started_ns))
+
+
+def pack_bell(end: int) -> bytes:
+    """
+    The BELL frame.
+    """
+    return pack(BELL, _OFFSET.pack(end))
+
+
+def _unpack(form: _struct.Struct, body: bytes) -> tuple[int, ...]:
+    if len(body) < form.size:
+        raise WireError("short body")
+    # Bodies may grow at the end: what this version does not know is left alone.
+    return form.unpack_from(body)
