@@ -31,12 +31,14 @@ from protocol.wire import (
     AbsolutePath,
     Closed,
     DigestText,
+    FormatOne,
     Id,
     JsonObject,
     Millis,
     Positive,
     RelativePath,
     Text,
+    at_most_bytes,
     first_error,
 )
 
@@ -98,7 +100,7 @@ class Precondition(Closed):
 class Command(Closed):
     """The header of every command; `args` is an object that only its kind understands."""
 
-    v: Literal[1]
+    v: FormatOne
     cmd_id: Id
     kind: Annotated[str, Field(pattern=r"^[a-z_]{1,32}(\.[a-z_]{1,32}){1,3}$")]
     aud: Audience
@@ -148,16 +150,19 @@ class WorktreeCwd(Closed):
     subdir: RelativePath | None = None
 
 
+EnvName = Annotated[str, Field(pattern=r"^[^=\x00]{1,256}$")]
+"""Anything else cannot be a variable: the name ends at the first `=`, the entry at the first NUL."""
+
+
 class SealedSecret(Closed):
     """A value sealed to the runner's key; its name becomes an environment variable of the child alone."""
 
-    name: Annotated[str, Field(min_length=1, max_length=256)]
+    name: EnvName
     sealed: Annotated[str, Field(min_length=1, max_length=32768)]
 
 
-EnvValue = Annotated[Text, Field(max_length=ENV_VALUE_BYTES_MAX)]
-EnvName = Annotated[str, Field(min_length=1, max_length=256)]
-Argument = Annotated[Text, Field(max_length=ARGV_ITEM_BYTES_MAX)]
+EnvValue = Annotated[Text, at_most_bytes(ENV_VALUE_BYTES_MAX)]
+Argument = Annotated[Text, at_most_bytes(ARGV_ITEM_BYTES_MAX)]
 
 
 class ExecutionStart(Closed):

@@ -1,12 +1,12 @@
 """What a runner tells beside receipts and settlements. Unknown kinds and fields are stored and otherwise ignored."""
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from protocol.errors import Reason
-from protocol.wire import Count, Detail, Id, Millis, Open, Positive
+from protocol.wire import Count, Detail, FormatOne, Id, Millis, Open, Positive
 
 
 class EventKind(StrEnum):
@@ -21,7 +21,7 @@ class EventKind(StrEnum):
 class Event(Open):
     """Something that happened on the runner, for people and dashboards; nothing is settled by an event."""
 
-    v: Literal[1] = 1
+    v: FormatOne = 1
     kind: Annotated[str, Field(pattern=r"^[a-z_]{1,32}(\.[a-z_]{1,32}){1,3}$")]
     at_ms: Millis
     reason: Reason | None = None

@@ -153,6 +153,8 @@ class RunnerHandshake:
             said = opened.value
             if not any(keyset.value.admits(kid, Role.COMMAND, said.now_ms) is None for kid in opened.key_ids):
                 raise EnvelopeError(Reason.REVOKED_KEY, "the welcome is signed by a key that does not count")
+            if said.now_ms > keyset.value.exp:
+                raise EnvelopeError(Reason.KEYSET_TOO_OLD, "the keyset has expired")
         except EnvelopeError as exc:
             raise _unproven(f"the control plane's welcome: {exc}") from exc
         certificate = reborn.value if reborn is not None else mine.certificate
@@ -187,8 +189,12 @@ class RunnerHandshake:
 
 
 def open_certificate(envelope: bytes, keyset: Keyset) -> Verified[Certificate]:
-    """Open a runner certificate with the enrol keys of `keyset`. Raises EnvelopeError."""
-    return open_envelope(envelope, PayloadType.CERTIFICATE, keyset.keys_for(Role.ENROL), Certificate.parse)
+    """Open a runner certificate with the enrol keys of `keyset`, as they counted when it was issued. Raises EnvelopeError."""
+    opened = open_envelope(envelope, PayloadType.CERTIFICATE, keyset.keys_for(Role.ENROL), Certificate.parse)
+    verdicts = [keyset.admits(key_id, Role.ENROL, opened.value.iat) for key_id in opened.key_ids]
+    if None not in verdicts:
+        raise EnvelopeError(verdicts[0] or Reason.UNKNOWN_KEY, "the certificate is signed by a key that does not count")
+    return opened
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """The signed statements of enrolment and handshake, and the join string that starts it all."""
 
 import re
-from typing import Annotated, Final, Literal, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 from pydantic import Field
 
@@ -12,7 +12,7 @@ from protocol.limits import (
     LABELS_MAX,
 )
 from protocol.messages import Nonce
-from protocol.wire import Count, DigestText, Id, Millis, Open, Positive
+from protocol.wire import Count, DigestText, FormatOne, Id, Millis, Open, Positive
 
 KeyText = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{43}$")]
 ShortText = Annotated[str, Field(max_length=200)]
@@ -29,7 +29,7 @@ class StreamMark(Open):
 class HelloClaims(Open):
     """What the runner signs with its key to open a session (payload type hello)."""
 
-    v: Literal[1] = 1
+    v: FormatOne = 1
     org: Id
     runner: Id
     inc: Positive
@@ -51,7 +51,7 @@ class HelloClaims(Open):
 class WelcomeClaims(Open):
     """What the control plane signs with a command key: its own proof, its clock, and where to go on."""
 
-    v: Literal[1] = 1
+    v: FormatOne = 1
     org: Id
     runner: Id
     inc: Positive
@@ -69,7 +69,7 @@ class WelcomeClaims(Open):
 class EnrollClaims(Open):
     """What a runner signs with the key it enrols: proof of possession, bound to the join token."""
 
-    v: Literal[1] = 1
+    v: FormatOne = 1
     token: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{22}$")]
     name: Id
     x: KeyText
@@ -85,7 +85,7 @@ class EnrollClaims(Open):
 class Certificate(Open):
     """What an enrol key signs: this key is this runner, in this incarnation."""
 
-    v: Literal[1] = 1
+    v: FormatOne = 1
     org: Id
     runner: Id
     inc: Positive

@@ -49,7 +49,10 @@ def b64url_decode(text: str, length: int) -> bytes:
 
 
 class PublicKey:
-    """A verifying key. Raises EnvelopeError(WEAK_KEY) for points that are no keys."""
+    """A verifying key. Raises EnvelopeError(WEAK_KEY) for points that are no keys.
+
+    A y that no point of the curve has may load (the library looks only when it verifies); such a key verifies nothing.
+    """
 
     __slots__ = ("_key", "key_id", "raw")
 

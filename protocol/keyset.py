@@ -7,7 +7,7 @@ document under the version it has.
 import hashlib
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -16,7 +16,7 @@ from protocol.errors import EnvelopeError, Reason
 from protocol.ids import KeyId
 from protocol.keys import PublicKey, b64url
 from protocol.limits import KEYSET_TTL_MS_MAX, SIGNATURES_MAX
-from protocol.wire import Closed, Id, Millis, Positive
+from protocol.wire import Closed, FormatOne, Id, Millis, Positive
 
 
 class Role(StrEnum):
@@ -41,7 +41,7 @@ KeyText = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{43}$")]
 class Root(Closed):
     """The pinned root: `threshold` of `keys` sign keysets. Known by its fingerprint, so it may travel unsigned."""
 
-    v: Literal[1] = 1
+    v: FormatOne = 1
     threshold: Annotated[int, Field(ge=1, le=SIGNATURES_MAX)]
     keys: Annotated[list[KeyText], Field(min_length=1, max_length=SIGNATURES_MAX)]
 
@@ -83,7 +83,7 @@ class Revocation(Closed):
 class Keyset(Closed):
     """The keys of an organisation, as of `version`."""
 
-    v: Literal[1] = 1
+    v: FormatOne = 1
     org: Id
     version: Positive
     iat: Millis
@@ -127,7 +127,13 @@ def open_keyset(envelope: bytes, root: Root) -> Verified[Keyset]:
 
 
 def newer(current: Verified[Keyset], candidate: Verified[Keyset]) -> Verified[Keyset]:
-    """The keyset to keep of two that both opened. Raises EnvelopeError(KEYSET_TOO_OLD) for a roll-back or a twin."""
+    """The keyset to keep of two that both opened.
+
+    Raises:
+        EnvelopeError: KEYSET_TOO_OLD for a roll-back or a twin, WRONG_AUD for another organisation's.
+    """
+    if candidate.value.org != current.value.org:
+        raise EnvelopeError(Reason.WRONG_AUD, "the keyset of another organisation")
     if candidate.value.version < current.value.version:
         raise EnvelopeError(Reason.KEYSET_TOO_OLD, "older than the keyset at hand")
     if candidate.value.version == current.value.version and candidate.digest != current.digest:

@@ -20,9 +20,11 @@ REPORT_BYTES_MAX: Final = 96 * KIB
 REPORT_ITEMS_MAX: Final = 64
 """Items in one `report`: one transaction of the control plane."""
 RECORD_HEADER_BYTES: Final = 16
+"""Length, kind, flags, check and time of one record; see docs/shim.md §3."""
 RECORD_PAYLOAD_BYTES_MAX: Final = 64 * KIB
 """One gather of the shim, hence a real arrival time."""
 DATA_HEADER_BYTES: Final = 16
+"""Type, version, channel and offset of one data frame: as long as a record's header, so slices stay aligned."""
 DATA_SLICE_BYTES_MAX: Final = RECORD_HEADER_BYTES + RECORD_PAYLOAD_BYTES_MAX
 """One data frame: 64 KiB frames are the fastest measured, and one whole record always fits."""
 
@@ -34,16 +36,23 @@ JSON_INT_MAX: Final = 2**53 - 1
 SIGNATURES_MAX: Final = 8
 """Signatures in an envelope: enough for any t-of-n we issue, few enough to verify at once."""
 ID_LENGTH_MAX: Final = 64
+"""An id of ours has 30 characters; the rest is room for ids of others."""
 ARGV_ITEMS_MAX: Final = 1024
+"""Arguments of one child: more belong into a file."""
 ARGV_ITEM_BYTES_MAX: Final = 32 * KIB
 """Linux itself stops at 128 KiB for one string; the payload bound stops us earlier."""
 ENV_ITEMS_MAX: Final = 512
+"""Variables that a command may set."""
 ENV_VALUE_BYTES_MAX: Final = 32 * KIB
+"""One variable: as one argument, since the kernel counts both alike."""
 SECRETS_ITEMS_MAX: Final = 64
+"""Sealed values of one start; they cross to the shim in one message."""
 SECRET_BYTES_MAX: Final = 16 * KIB
+"""One sealed value: room for a key with its chain; in base64 it fits a quarter of the payload."""
 PATH_BYTES_MAX: Final = 4096
 """PATH_MAX."""
 LABELS_MAX: Final = 32
+"""Labels of a runner: for people who choose one, never an address."""
 DETAIL_CHARS_MAX: Final = 500
 """Free text in a receipt or event: for a person, never parsed."""
 
@@ -55,23 +64,35 @@ SAFETY_TTL_MS_MAX: Final = 24 * 60 * 60 * 1000
 CLOCK_SKEW_MS: Final = 60 * 1000
 """Tolerated on `nbf` and `exp`: the runner judges by the control plane's own clock, so this covers transit."""
 HANDSHAKE_TIMEOUT_MS: Final = 10 * 1000
+"""From the connection to the welcome: a peer that says nothing holds a socket no longer."""
 BEAT_INTERVAL_MS: Final = 10 * 1000
 """Default heartbeat; the control plane dictates the real one in `beaten`."""
 BEAT_INTERVAL_MS_MIN: Final = 1000
+"""A plane cannot ask for a flood."""
 BEAT_INTERVAL_MS_MAX: Final = 10 * 60 * 1000
+"""A plane cannot silence a runner for longer."""
 LEASE_TTL_MS: Final = 60 * 1000
+"""Six beats: a lease outlives a short loss of the connection."""
 LEASE_TTL_MS_MIN: Final = 1000
+"""Below this a renewal could not arrive in time."""
 LEASE_TTL_MS_MAX: Final = 24 * 60 * 60 * 1000
+"""A holder that is gone blocks its resource no longer than a day."""
 LEASE_MARGIN_MS: Final = 5 * 1000
 """Stopping at lease loss is over this long before the deadline."""
 REGRANT_DELAY_MS: Final = 15 * 1000
 """The control plane grants a resource anew no earlier than this after its own grant ran out."""
 GRACE_MS: Final = 10 * 1000
+"""From TERM to KILL when a command does not say."""
 GRACE_MS_MAX: Final = 300 * 1000
+"""Longest time a command may give; the owner's policy may allow less."""
 KILL_WAIT_MS: Final = 5 * 1000
+"""From KILL until what still lives is told as a survivor."""
 TIMEOUT_MS_MAX: Final = 30 * 24 * 60 * 60 * 1000
+"""Longest run-time limit of an attempt, 30 days; null means none."""
 KEYSET_TTL_MS_MAX: Final = 90 * 24 * 60 * 60 * 1000
+"""A keyset that nobody renews for 90 days stops counting: a frozen plane cannot hold old keys alive."""
 JOIN_TOKEN_TTL_MS: Final = 10 * 60 * 1000
+"""A join string is used at once or not at all."""
 
 # --- how much may be under way ---------------------------------------------------------------------------------
 COMMANDS_UNACKED_MAX: Final = 256
@@ -81,14 +102,19 @@ REPORTS_IN_FLIGHT_MAX: Final = 4
 RETRY_MS: Final = 10 * 1000
 """A command or report without any answer for this long is sent again; both sides take doubles without harm."""
 CHANNELS_MAX: Final = 4096
+"""Logs that are open on one connection; above the attempts a machine can run."""
 CHANNEL_WINDOW_BYTES: Final = 4 * MIB
 """Credit ahead of the receiver's end, per channel; absolute, so a lost or doubled grant is harmless."""
 ACK_AFTER_BYTES: Final = 1 * MIB
 """Credit is renewed at least this often while data flows."""
 SEGMENT_BYTES: Final = 8 * MIB
+"""One file of a log: what a digest covers and what is deleted at once."""
 SPOOL_BYTES_PER_EXECUTION: Final = 1024 * MIB
+"""Output kept while the plane does not take it; beyond it head, tail and a gap are kept."""
 BEAT_LEASES_MAX: Final = 1024
+"""Leases and attempts that one beat can name, and one answer can renew."""
 HINTS_MAX: Final = 256
+"""Hints in one answer; the rest comes with the next."""
 
 assert PAYLOAD_BYTES_MAX * 4 // 3 + SIGNATURES_MAX * 256 <= ENVELOPE_BYTES_MAX < FRAME_BYTES_MAX
 assert REPORT_BYTES_MAX < FRAME_BYTES_MAX

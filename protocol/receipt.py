@@ -6,14 +6,14 @@ its payload. Rule 2: an attempt has exactly one settlement. "We failed" (`failed
 """
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from protocol.envelope import Keys, PayloadType, Verified, open_envelope
 from protocol.errors import Reason
 from protocol.ids import Attempt, ExecutionId, FencingToken
-from protocol.wire import Count, Detail, DigestText, Id, JsonObject, Millis, Open, Positive
+from protocol.wire import Count, Detail, DigestText, FormatOne, Id, JsonObject, Millis, Open, Positive
 
 HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -33,7 +33,7 @@ class Outcome(StrEnum):
 class Receipt(Open):
     """The signed fate of one command."""
 
-    v: Literal[1] = 1
+    v: FormatOne = 1
     org: Id
     runner: Id
     inc: Positive
@@ -104,7 +104,7 @@ class Sweep(Open):
 class Settlement(Open):
     """The signed last word on one attempt."""
 
-    v: Literal[1] = 1
+    v: FormatOne = 1
     org: Id
     runner: Id
     inc: Positive

@@ -8,7 +8,7 @@ Rule 1: only ADVANCE moves the mark, by exactly one. Rule 2: nothing here looks 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final
 
@@ -33,7 +33,7 @@ class Seen:
     """What a runner remembers: the mark of `ctl`, and the digest each remembered `cmd_id` came with first."""
 
     ctl: Mark = Mark()
-    digests: Mapping[CommandId, Digest] = MappingProxyType({})
+    digests: Mapping[CommandId, Digest] = field(default_factory=dict)
     receipted: frozenset[Digest] | Mapping[Digest, object] = frozenset()
     """Digests of all remembered commands, also of those that were refused as a second payload of an id."""
 
@@ -153,7 +153,15 @@ class Fork:
     """Two histories under one incarnation: the streams must restart under a new one."""
 
 
-def reconcile(plane: Mapping[int, Digest], plane_hw: int, acked_hw: int, runner: Mark) -> Adopt | Fork:
+def reconcile(
+    plane: Mapping[int, Digest],
+    plane_hw: int,
+    acked_hw: int,
+    runner: Mark,
+    *,
+    out_hw: int = 0,
+    out_head: int | None = None,
+) -> Adopt | Fork:
     """What a plane does with the mark in a signed hello.
 
     Args:
@@ -161,8 +169,10 @@ def reconcile(plane: Mapping[int, Digest], plane_hw: int, acked_hw: int, runner:
         plane_hw: highest number the plane has ever signed in this incarnation.
         acked_hw: highest number the runner has told to have consumed.
         runner: the runner's mark.
+        out_hw: highest `out_seq` the plane has stored in this incarnation.
+        out_head: highest `out_seq` the runner says exists; None leaves the comparison out.
     """
-    if runner.hw < acked_hw:
+    if runner.hw < acked_hw or (out_head is not None and out_head < out_hw):
         # The runner's state is older than its own word: a restored snapshot. What it forgot must not be done twice.
         return Fork()
     if runner.hw > plane_hw:

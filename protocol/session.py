@@ -2,11 +2,12 @@
 
 Theory of operation. Towards the runner travel commands: numbered ones until the runner's mark (told by `beat` and `need`)
 covers them, safety ones until a receipt names them. Towards the plane travel report items: each until its own final answer,
-so one item that is refused blocks no other. Everything may be lost, doubled or reordered on the way; a silence of RETRY_MS sends again.
+so one item that is refused blocks no other. Everything may be lost, doubled or reordered on the way; what has had no answer for
+RETRY_MS is sent again, each by its own clock, since a stream that never falls silent would else never repeat what it lost.
 Logs are not here: they have offsets of their own.
 
 Rule 1: a machine holds a bounded number of items (`room`); the rest waits in a database. Rule 2: both take `now_ms` from one
-monotonic clock of their side and never look at another.
+monotonic clock of their side and never look at another. Rule 3: `outgoing` is asked after every input and at every tick.
 """
 
 from collections.abc import Iterable, Sequence
@@ -60,6 +61,13 @@ class ItemsAnswered:
     answers: tuple[Answer, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _SentItem:
+    item: ReportItem
+    sent_ms: int
+    report: int
+
+
 @dataclass(slots=True)
 class RunnerSession:
     """The runner's side. Feed it items in the order of `out_seq`; `outgoing` says what to send now."""
@@ -70,8 +78,8 @@ class RunnerSession:
     cursor: int = field(init=False)
     """Highest `out_seq` it was fed."""
     _fresh: list[ReportItem] = field(default_factory=list)
-    _waiting: dict[int, ReportItem] = field(default_factory=dict)
-    _sent_ms: int = 0
+    _waiting: dict[int, _SentItem] = field(default_factory=dict)
+    _reports: int = 0
     _beats: dict[int, int] = field(default_factory=dict)
     _beat_n: int = 0
 
@@ -80,8 +88,13 @@ class RunnerSession:
 
     @property
     def room(self) -> int:
-        """How many more items it takes."""
-        return OUTBOX_ROOM - len(self._fresh) - len(self._waiting)
+        """How many more items it takes; never negative."""
+        return max(0, OUTBOX_ROOM - len(self._fresh) - len(self._waiting))
+
+    @property
+    def waiting(self) -> bool:
+        """Whether anything that was sent has no answer yet: then `outgoing` is to be asked again after RETRY_MS."""
+        return bool(self._waiting)
 
     def feed(self, items: Iterable[ReportItem]) -> None:
         """Take items to report; those up to `cursor` are known already."""
@@ -92,22 +105,30 @@ class RunnerSession:
                 self.cursor = item.out_seq
 
     def again(self, items: Iterable[ReportItem]) -> None:
-        """Report these once more although they were answered: a command came twice and wants its receipt."""
+        """Report these once more although they were answered: a command came twice and wants its receipt.
+
+        What is above `cursor` comes by `feed` anyway, and what finds no room is asked for again by its command.
+        """
         known = self._waiting.keys() | {item.out_seq for item in self._fresh}
-        self._fresh.extend(item for item in items if item.out_seq not in known)
+        for item in items:
+            if item.out_seq <= self.cursor and item.out_seq not in known and self.room > 0:
+                self._fresh.append(item)
+                known = known | {item.out_seq}
 
     def outgoing(self, now_ms: int) -> list[Report]:
-        """Reports to send now: what is fresh, and everything unanswered after a silence."""
-        if self._waiting and now_ms - self._sent_ms >= RETRY_MS:
-            self._fresh = [*self._waiting.values(), *self._fresh]
-            self._waiting.clear()
-        reports = []
-        while self._fresh:
+        """Reports to send now: what had no answer for RETRY_MS, then what is fresh, as far as REPORTS_IN_FLIGHT_MAX allows."""
+        silent = [sent.item for sent in self._waiting.values() if now_ms - sent.sent_ms >= RETRY_MS]
+        for item in silent:
+            del self._waiting[item.out_seq]
+        self._fresh[:0] = silent
+        in_flight = len({sent.report for sent in self._waiting.values()})
+        reports: list[Report] = []
+        while self._fresh and in_flight + len(reports) < REPORTS_IN_FLIGHT_MAX:
             items = _fitting(self._fresh)
             del self._fresh[: len(items)]
-            self._waiting.update((item.out_seq, item) for item in items)
-            self._sent_ms = now_ms
-            reports.append(Report(items=list(items)))
+            self._reports += 1
+            self._waiting.update((item.out_seq, _SentItem(item, now_ms, self._reports)) for item in items)
+            reports.append(Report(items=items))
         return reports
 
     def beat(
@@ -129,19 +150,23 @@ class RunnerSession:
             self._beats = {n: at for n, at in self._beats.items() if n > message.n}
             self.beat_ms = message.beat_ms
             return BeatAnswered(sent_ms, message.now_ms, message.beat_ms, tuple(message.leases), tuple(message.hints))
-        final = tuple(a for a in message.answers if self._waiting.pop(a.out_seq, None) is not None)
+        held = self._waiting.keys() | {item.out_seq for item in self._fresh}
+        final = tuple({answer.out_seq: answer for answer in message.answers if answer.out_seq in held}.values())
+        numbers = {answer.out_seq for answer in final}
+        self._waiting = {n: sent for n, sent in self._waiting.items() if n not in numbers}
+        self._fresh = [item for item in self._fresh if item.out_seq not in numbers]
         return ItemsAnswered(final) if final else None
 
 
-def _fitting(items: Sequence[ReportItem]) -> Sequence[ReportItem]:
-    """As many of the first items as fit one report; always at least one."""
+def _fitting(items: Sequence[ReportItem]) -> list[ReportItem]:
+    """As many of the first items as fit one report, as a list of its own; always at least one."""
     size = 0
     for count, item in enumerate(items):
-        # In a text frame every quote of an envelope is escaped: count what is sent, not what is held.
-        size += len(item.body) + item.body.count('"') + item.body.count("\\") + _ITEM_OVERHEAD_BYTES
+        # In a text frame every quote is escaped and text is UTF-8: count what is sent, not what is held.
+        size += len(item.body.encode()) + item.body.count('"') + item.body.count("\\") + _ITEM_OVERHEAD_BYTES
         if count == REPORT_ITEMS_MAX or (count and size > REPORT_BYTES_MAX):
-            return items[:count]
-    return items
+            return list(items[:count])
+    return list(items)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,42 +187,41 @@ class PlaneSession:
     _ctl: dict[int, SentCommand] = field(default_factory=dict)
     _safety: dict[str, SentCommand] = field(default_factory=dict)
     _next: int = field(init=False)
-    _urgent: list[SentCommand] = field(default_factory=list)
-    _moved_ms: int = 0
-    _safety_ms: int = 0
+    _sent_ms: dict[str, int] = field(default_factory=dict)
+    """When each unanswered command was sent last, by digest; a safety command that is not here is to be sent now."""
+    _asked: int = 0
+    """Number the stream was sent again from, on the runner's word; the same word does it once until it moves or times out."""
 
     def __post_init__(self) -> None:
         self._next = self.acked_hw + 1
 
     @property
     def room(self) -> int:
-        """How many more commands may be under way."""
-        return COMMANDS_UNACKED_MAX - len(self._ctl) - len(self._safety)
+        """How many more `ctl` commands may be under way; safety commands wait for no room."""
+        return max(0, COMMANDS_UNACKED_MAX - len(self._ctl) - len(self._safety))
 
     def queue(self, command: SentCommand) -> None:
         """Take a sealed command to send; doubles are ignored."""
         if command.seq is None:
-            if command.cmd_digest not in self._safety:
-                self._safety[command.cmd_digest] = command
-                self._urgent.append(command)
+            self._safety.setdefault(command.cmd_digest, command)
         elif command.seq > self.acked_hw:
             self._ctl.setdefault(command.seq, command)
 
     def outgoing(self, now_ms: int) -> list[CommandFrame]:
-        """Commands to send now: safety first, then `ctl` in order; after a silence everything unanswered again."""
-        if self._ctl and self._next > min(self._ctl) and now_ms - self._moved_ms >= RETRY_MS:
-            self._next = min(self._ctl)
-        if self._safety and not self._urgent and now_ms - self._safety_ms >= RETRY_MS:
-            self._urgent = list(self._safety.values())
-        if self._urgent:
-            self._safety_ms = now_ms
-        frames = [CommandFrame(env=command.env) for command in self._urgent]
-        self._urgent = []
+        """Commands to send now: safety first, then `ctl` in order; what had no answer for RETRY_MS goes again."""
+        due = [c for c in self._safety.values() if self._silent(c, now_ms)]
+        first = self._ctl.get(min(self._ctl, default=0))
+        if first is not None and first.seq is not None and first.seq < self._next and self._silent(first, now_ms):
+            self._next, self._asked = first.seq, 0
         while (command := self._ctl.get(self._next)) is not None:
-            frames.append(CommandFrame(env=command.env))
+            due.append(command)
             self._next += 1
-            self._moved_ms = now_ms
-        return frames
+        self._sent_ms.update((command.cmd_digest, now_ms) for command in due)
+        return [CommandFrame(env=command.env) for command in due]
+
+    def _silent(self, command: SentCommand, now_ms: int) -> bool:
+        sent_ms = self._sent_ms.get(command.cmd_digest)
+        return sent_ms is None or now_ms - sent_ms >= RETRY_MS
 
     def receive(self, message: Need | Beat) -> None:
         """Take the runner's mark. Raises RemoteError when it asks for what was never sent."""
@@ -207,19 +231,23 @@ class PlaneSession:
         if message.seq > self._next:
             raise RemoteError(Reason.SEQ_GAP, "asked for a number from the future", CloseCode.BAD_FRAME)
         self.consumed(message.seq - 1)
-        self._next = max(message.seq, self.acked_hw + 1)
+        # Every later number that met the same gap asks once more, and a number that is refused stays a gap for ever:
+        # going back at each word would send the stream in circles.
+        if message.seq == self.acked_hw + 1 and message.seq != self._asked:
+            self._next = self._asked = message.seq
 
     def consumed(self, hw: int) -> None:
         """The runner has consumed `ctl` up to `hw`."""
         if hw > self.acked_hw:
             self.acked_hw = hw
             self._next = max(self._next, hw + 1)
-            self._ctl = {seq: command for seq, command in self._ctl.items() if seq > hw}
+            for seq in [seq for seq in self._ctl if seq <= hw]:
+                self._sent_ms.pop(self._ctl.pop(seq).cmd_digest, None)
 
     def receipted(self, cmd_digest: str, seq: int | None) -> None:
         """A receipt came: a safety command is done with, a numbered one is consumed."""
         if seq is None:
-            self._safety.pop(cmd_digest, None)
-            self._urgent = [command for command in self._urgent if command.cmd_digest != cmd_digest]
+            if self._safety.pop(cmd_digest, None) is not None:
+                self._sent_ms.pop(cmd_digest, None)
         elif seq in self._ctl and self._ctl[seq].cmd_digest == cmd_digest:
             self.consumed(seq)

@@ -44,12 +44,25 @@ def first_error(exc: ValidationError) -> str:
     """Where and what, without the input: `args.argv: List should have at least 1 item`."""
     error = exc.errors(include_url=False, include_context=False, include_input=False)[0]
     place = ".".join(str(part) if is_plain(str(part)) else "?" for part in error["loc"])
-    return f"{place or 'document'}: {error['msg']}"[:DETAIL_CHARS_MAX]
+    # The message of this one error type quotes the tag as the peer wrote it, escape sequences and all.
+    text = "Unknown type" if error["type"] == "union_tag_invalid" else error["msg"]
+    return f"{place or 'document'}: {text}"[:DETAIL_CHARS_MAX]
 
 
 def is_plain(text: str) -> bool:
     """Whether `text` can be shown in a message as it is: an id, nothing a terminal would obey."""
     return ID_PATTERN.fullmatch(text) is not None
+
+
+def at_most_bytes(limit: int) -> AfterValidator:
+    """A validator for text of at most `limit` bytes of UTF-8; a length of a `str` would count characters."""
+
+    def check(text: str) -> str:
+        if len(text.encode()) > limit:
+            raise ValueError(f"longer than {limit} bytes")
+        return text
+
+    return AfterValidator(check)
 
 
 def _no_nul(text: str) -> str:
@@ -77,6 +90,8 @@ Count = Annotated[int, Field(ge=0, le=JSON_INT_MAX)]
 Positive = Annotated[int, Field(ge=1, le=JSON_INT_MAX)]
 Millis = Annotated[int, Field(ge=0, le=JSON_INT_MAX)]
 Text = Annotated[str, AfterValidator(_no_nul)]
+FormatOne = Annotated[int, Field(ge=1, le=1)]
+"""The only format there is. A literal would take `true` for 1."""
 Detail = Annotated[str, Field(max_length=DETAIL_CHARS_MAX)]
 AbsolutePath = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
 RelativePath = Annotated[str, Field(min_length=1), AfterValidator(_relative)]

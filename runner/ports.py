@@ -131,3 +131,6 @@ class Worktrees(Protocol):
 
     def path(self, worktree_id: str) -> str | None:
         """The checkout of a worktree that is there and ours, else None."""
+
+    def head(self, worktree_id: str) -> str | None:
+        """The commit its HEAD is at now, None when it is not there."""

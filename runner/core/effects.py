@@ -60,10 +60,9 @@ class PrepareAttempt:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseAttempt:
-    """Let a prepared attempt go, with its secrets still sealed."""
+    """Let a prepared attempt go."""
 
     attempt: Attempt
-    secrets: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +94,20 @@ class PushLease:
 @dataclass(frozen=True, slots=True)
 class CollectAttempt:
     """The attempt is settled: its shim need not linger."""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptAttempt:
+    """Connect to the living shim of an attempt; its end is heard from then on."""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class SweepAttempt:
+    """Its shim is gone and left no record: end what is left of it, and say what was found."""
 
     attempt: Attempt
 
@@ -143,6 +156,8 @@ Effect = (
     | StopAttempt
     | PushLease
     | CollectAttempt
+    | AdoptAttempt
+    | SweepAttempt
     | CreateWorktree
     | RemoveWorktree
     | KeepIdentity

@@ -150,7 +150,8 @@ class Image:
     marks: dict[int, Mark]
     """`ctl` mark by incarnation."""
     commands: list[CommandRow]
-    """In the order they were received; pending ones with their envelopes."""
+    """In the order they were received: all that are pending or belong to a living attempt, those with their envelopes, and
+    the newest of the others."""
     attempts: list[AttemptRow]
     tombstones: dict[str, tuple[CommandId, int]]
     worktrees: list[WorktreeRow]

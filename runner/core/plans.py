@@ -18,6 +18,8 @@ class AttemptPlan:
     cwd: str | None
     worktree_id: WorktreeId | None
     subdir: str | None
+    pre_head: str | None
+    """The commit the worktree's HEAD must be at, else PRECONDITION_FAILED."""
     env: Mapping[str, str]
     secrets: Mapping[str, str]
     """Sealed values by name; opened only on the way to the release pipe."""
@@ -69,6 +71,8 @@ class RemovalPlan:
     worktree_id: WorktreeId
     cmd_id: CommandId
     force: bool
+    pre_head: str | None = None
+    """The commit its HEAD must be at, else PRECONDITION_FAILED."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +143,6 @@ class Observed:
     phase: Phase
     lock_held: bool
     exit: ExitRecord | None
-    child: ProcessIdentity | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

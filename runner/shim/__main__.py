@@ -7,13 +7,13 @@ fds that follow without a break (at most four) are locks to hold for life. Nothi
 
 from __future__ import annotations
 
-import os
+import posix as os
 import sys
 
 # The root goes last: a file beside the project must never shadow the standard library.
-sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+sys.path.append(__file__.rsplit("/", 3)[0])
 
-from runner.shim import forkserver, guard, system
+from runner.shim import birth, forkserver, system
 
 DIRECTORY_FD = 3
 CONTROLLER_FD = 4
@@ -33,7 +33,9 @@ def main(argv: list[str]) -> int:
             if not system.is_open(fd):
                 break
             locks.append(fd)
-        return guard.main(DIRECTORY_FD, CONTROLLER_FD, locks, system.Warm())
+        birth.settle()
+        system.close_all_but([DIRECTORY_FD, CONTROLLER_FD, *locks])
+        return birth.main(DIRECTORY_FD, CONTROLLER_FD, locks, system.Warm())
     os.write(2, b"usage: __main__.py forkserver | shim\n")
     return 2
 

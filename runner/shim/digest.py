@@ -9,7 +9,7 @@ the page cache. The thread starts only then, and after the child was spawned; a 
 from __future__ import annotations
 
 import _thread
-import os
+import posix as os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Below this a thread costs more than it saves.
 THREAD_AFTER_BYTES: Final = 4_194_304
 READ_BACK_BYTES: Final = 262_144
+# Waking the thread for less spends more on switching than on hashing.
+WAKE_BYTES: Final = 1_048_576
 
 
 class SegmentDigest:
@@ -58,7 +60,7 @@ class SegmentDigest:
             return
         if self._busy and self._idle.acquire(False):
             self._busy = False
-        if not self._busy:
+        if not self._busy and self._size - self._done >= WAKE_BYTES:
             self._wake()
 
     def finish(self) -> bytes:

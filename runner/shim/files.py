@@ -7,7 +7,7 @@ directory's descriptor, so a renamed or replaced parent cannot send a write else
 
 from __future__ import annotations
 
-import os
+import posix as os
 from _json import encode_basestring_ascii, make_scanner
 
 TYPE_CHECKING = False
@@ -68,7 +68,7 @@ def decode(data: bytes) -> Json:
     """
     text = data.decode("utf-8").strip(" \t\r\n")
     try:
-        value, end = make_scanner(_Scanner())(text, 0)
+        value, end = make_scanner(_Scanner())(text, 0)  # type: ignore[arg-type]  # it asks for the attributes only
     except StopIteration:
         raise ValueError("not JSON") from None
     except RecursionError:

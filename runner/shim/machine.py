@@ -158,6 +158,13 @@ class Machine:
             return "timed_out" if self.cause.kind == CAUSE_TIMEOUT else "stopped"
         return "exited" if signal is None else "signalled"
 
+    def blame(self, detail: str) -> None:
+        """
+        Keep the shim's own failure as the cause when there is none yet.
+        """
+        if self.cause.kind == CAUSE_NONE:
+            self.cause = Cause(CAUSE_SHIM_FAILED, detail=detail)
+
     # The leaves: each takes (now_ms, number, text, detail) and is named by the table below.
 
     def _go(self, _now_ms: int, _number: int | None, _text: str, _detail: str) -> list[str]:
@@ -276,8 +283,7 @@ class Machine:
         return self._finish("quiet") if now_ms >= self._quiet_at() else []
 
     def _fail_draining(self, _now_ms: int, _number: int | None, _text: str, detail: str) -> list[str]:
-        if self.cause.kind == CAUSE_NONE:
-            self.cause = Cause(CAUSE_SHIM_FAILED, detail=detail)
+        self.blame(detail)
         return self._finish("timeout")
 
     # What the leaves share.
@@ -334,30 +340,36 @@ class Machine:
 STATES: Final = (READY, RELEASED, RUNNING, STOPPING, DRAINING, EXITED)
 INPUTS: Final = (GO, LOST, STOP, LEASE, FAULT, TICK, SPAWNED, SPAWN_FAILED, ENDED, FOUND, CLOSED)
 IGNORE: Final = ""
-_ROWS: Final = {
-    READY: (
-        ("_go", "_lost", "_stop_early", "_tick_ready", "_fail_early", "_tick_ready")
-        + (IGNORE, IGNORE, IGNORE, IGNORE, IGNORE)
-    ),
+_ROWS: Final[Mapping[str, Mapping[str, str]]] = {
+    READY: {
+        GO: "_go",
+        LOST: "_lost",
+        STOP: "_stop_early",
+        LEASE: "_tick_ready",
+        FAULT: "_fail_early",
+        TICK: "_tick_ready",
+    },
     # The spawn is one call: nothing but its result and the shim's own failure can come between.
-    RELEASED: (
-        (IGNORE, IGNORE, IGNORE, IGNORE, "_fail_early", IGNORE)
-        + ("_spawned", "_spawn_failed", IGNORE, IGNORE, IGNORE)
-    ),
-    RUNNING: (
-        (IGNORE, IGNORE, "_stop", "_lease_running", "_fail", "_tick_running")
-        + (IGNORE, IGNORE, "_ended_alone", "_found_alone", "_closed_early")
-    ),
-    STOPPING: (
-        (IGNORE, IGNORE, "_hasten", IGNORE, IGNORE, "_tick_stopping")
-        + (IGNORE, IGNORE, "_ended_stopping", "_found_stopping", "_closed_early")
-    ),
-    DRAINING: (
-        (IGNORE, IGNORE, IGNORE, IGNORE, "_fail_draining", "_tick_draining")
-        + (IGNORE, IGNORE, IGNORE, IGNORE, "_closed_draining")
-    ),
-    EXITED: (IGNORE,) * len(INPUTS),
+    RELEASED: {FAULT: "_fail_early", SPAWNED: "_spawned", SPAWN_FAILED: "_spawn_failed"},
+    RUNNING: {
+        STOP: "_stop",
+        LEASE: "_lease_running",
+        FAULT: "_fail",
+        TICK: "_tick_running",
+        ENDED: "_ended_alone",
+        FOUND: "_found_alone",
+        CLOSED: "_closed_early",
+    },
+    STOPPING: {
+        STOP: "_hasten",
+        TICK: "_tick_stopping",
+        ENDED: "_ended_stopping",
+        FOUND: "_found_stopping",
+        CLOSED: "_closed_early",
+    },
+    DRAINING: {FAULT: "_fail_draining", TICK: "_tick_draining", CLOSED: "_closed_draining"},
+    EXITED: {},
 }
 TRANSITIONS: Final[Mapping[tuple[str, str], str]] = {
-    (state, kind): leaf for state, row in _ROWS.items() for kind, leaf in zip(INPUTS, row, strict=True)
+    (state, kind): _ROWS[state].get(kind, IGNORE) for state in STATES for kind in INPUTS
 }

@@ -7,9 +7,9 @@ Everything here is safe to call between fork and exec of a payload. It never dec
 from __future__ import annotations
 
 import _ctypes
-import _signal
+import errno
 import fcntl
-import os
+import posix as os
 import time
 
 try:
@@ -22,8 +22,13 @@ except ImportError:  # an interpreter without OpenSSL: slower, same digests
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Iterable
     from typing import Final
+
+    signals = signal
+else:
+    import _signal as signals
 
 RECORD_PAYLOAD_MAX: Final = 65_536
 RECORD_HEADER_BYTES: Final = 16
@@ -32,13 +37,13 @@ GATHER_RECORDS: Final = 4
 STAT_BYTES_MAX: Final = 4096
 PR_SET_CHILD_SUBREAPER: Final = 36
 IGNORED_SIGNALS: Final = (
-    _signal.SIGHUP,
-    _signal.SIGINT,
-    _signal.SIGPIPE,
-    _signal.SIGTTIN,
-    _signal.SIGTTOU,
-    _signal.SIGTERM,
-    _signal.SIGXFSZ,
+    signals.SIGHUP,
+    signals.SIGINT,
+    signals.SIGPIPE,
+    signals.SIGTTIN,
+    signals.SIGTTOU,
+    signals.SIGTERM,
+    signals.SIGXFSZ,
 )
 
 
@@ -119,7 +124,7 @@ def ignore_signals() -> None:
     Ignore what a terminal, a service stop or a closed pipe would send to a shim.
     """
     for number in IGNORED_SIGNALS:
-        _signal.signal(number, _signal.SIG_IGN)
+        signals.signal(number, signals.SIG_IGN)
 
 
 def detach_stdio() -> None:
@@ -137,12 +142,17 @@ def close_all_but(keep: Iterable[int]) -> None:
     """
     Close every descriptor above 2 that is not in `keep`, and mark the kept ones close-on-exec.
     """
-    low = 3
-    for fd in sorted(keep):
-        os.closerange(low, fd)
+    kept = set(keep)
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        if fd > 2 and fd not in kept:
+            try:
+                os.close(fd)
+            except OSError as exc:
+                if exc.errno != errno.EBADF:  # the listing's own descriptor
+                    raise
+    for fd in kept:
         os.set_inheritable(fd, False)
-        low = fd + 1
-    os.closerange(low, 1 << 31 - 1)
 
 
 def is_open(fd: int) -> bool:
@@ -156,4 +166,11 @@ def is_open(fd: int) -> bool:
     return True
 
 
-_PRCTL = _ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl") if hasattr(_ctypes, "call_function") else 0
+def _symbol(name: str) -> int:
+    if not hasattr(_ctypes, "call_function"):
+        return 0
+    # Typeshed does not know that None means this process.
+    return _ctypes.dlsym(_ctypes.dlopen(None, 0), name)  # type: ignore[arg-type]
+
+
+_PRCTL = _symbol("prctl")

@@ -1,0 +1,115 @@
+"""
+What a shim costs: start latency, throughput, memory, with posix_spawn + wait beside it in the same run.
+
+Usage: python bench/shim_cost.py [directory]. The directory should be on the disk that holds the state directory.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from runner.shim import wire
+from tests.support.shim import ForkServer, Shim
+
+STARTS = 200
+IDLE_SHIMS = 50
+FLOOD_BYTES = 1 << 30
+
+
+def main() -> None:
+    """
+    Run every part and print one table.
+    """
+    with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as name:
+        root = Path(name)
+        server = ForkServer()
+        try:
+            one_start(root, server)
+            _starts(root, server)
+            _flood(root, server)
+            _memory(root, server)
+        finally:
+            server.close()
+
+
+def one_start(root: Path, server: ForkServer | None) -> tuple[float, float]:
+    """
+    Milliseconds from the request to STARTED and to EXIT of /bin/true.
+    """
+    shim = Shim(root, server, argv=["/bin/true"])
+    begun = shim.requested
+    shim.start()
+    started = time.perf_counter()
+    shim.exit()
+    ended = time.perf_counter()
+    shim.controller.send(wire.COLLECTED)
+    shim.wait_gone()
+    shim.close()
+    return (started - begun) * 1e3, (ended - begun) * 1e3
+
+
+def _starts(root: Path, server: ForkServer) -> None:
+    spawns: list[float] = []
+    pairs: list[tuple[float, float]] = []
+    for _ in range(STARTS):
+        begun = time.perf_counter()
+        os.waitpid(os.posix_spawn("/bin/true", ["true"], {}), 0)
+        spawns.append((time.perf_counter() - begun) * 1e3)
+        pairs.append(one_start(root, server))
+    _line("posix_spawn + wait of /bin/true", spawns)
+    _line("request -> STARTED, fork server", [first for first, _ in pairs])
+    _line("request -> EXIT, fork server", [second for _, second in pairs])
+    alone = [one_start(root, None) for _ in range(STARTS // 10)]
+    _line("request -> STARTED, own interpreter", [first for first, _ in alone])
+
+
+def _flood(root: Path, server: ForkServer) -> None:
+    shim = Shim(root, server, argv=["head", "-c", str(FLOOD_BYTES), "/dev/zero"])
+    begun = time.perf_counter()
+    shim.release()
+    record = shim.exit(120)
+    took = time.perf_counter() - begun
+    assert record["streams"]["stdout"]["bytes"] == FLOOD_BYTES
+    print(f"{'1 GiB from a pipe into segments':40} {FLOOD_BYTES / took / 1e6:8.0f} MB/s")
+    shim.controller.send(wire.COLLECTED)
+    shim.wait_gone()
+    shim.close()
+
+
+def _memory(root: Path, server: ForkServer) -> None:
+    shims = [Shim(root, server, argv=["sleep", "600"]) for _ in range(IDLE_SHIMS)]
+    for shim in shims:
+        shim.start()
+    for label, field in (("PSS", "Pss:"), ("private dirty", "Private_Dirty:")):
+        sizes = [_rollup(shim.pid, field) for shim in shims]
+        print(f"{f'mean {label} of {IDLE_SHIMS} idle shims':40} {statistics.mean(sizes) / 1024:8.2f} MiB")
+    for shim in shims:
+        shim.stop(0)
+    for shim in shims:
+        shim.exit()
+        shim.close()
+
+
+def _rollup(pid: int, field: str) -> int:
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1])
+    raise LookupError(field)
+
+
+def _line(label: str, values: list[float], percentile: Callable[[list[float]], float] | None = None) -> None:
+    ordered = sorted(values)
+    top = ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
+    print(f"{label:40} {statistics.median(ordered):8.2f} ms median {top:8.2f} ms p99")
+
+
+if __name__ == "__main__":
+    main()

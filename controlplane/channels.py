@@ -1,0 +1,127 @@
+"""The log channels of one session: bytes in, credit and durable ends out. No database, no parsing, no copies on this path.
+
+Rule 1: credit is absolute and counted from what was received. Rule 2: an ack names only what is durable.
+Rule 3: after a jump ahead the runner is told once where to go on; what was under way meanwhile is dropped.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from controlplane.limits import LOGS_OPEN_MAX
+from controlplane.logstore import Log, LogStore
+from protocol.errors import CloseCode, Reason, RemoteError
+from protocol.frames import decode_data
+from protocol.limits import ACK_AFTER_BYTES, CHANNEL_WINDOW_BYTES
+from protocol.messages import Ack, Gap, LogClosed, LogOpen, Resume
+
+Say = Callable[[Resume | Ack], None]
+
+
+@dataclass(slots=True)
+class _Channel:
+    number: int
+    log: Log
+    credit: int
+    jumped: bool = False
+
+
+class Channels:
+    """What one session writes; `say` queues a message for its runner."""
+
+    def __init__(self, runner_id: str, store: LogStore, owner: Callable[[str], str | None], say: Say) -> None:
+        """`owner` names the runner an attempt belongs to, None when nobody knows it."""
+        self._runner_id = runner_id
+        self._store = store
+        self._owner = owner
+        self._say = say
+        self._channels: dict[int, _Channel] = {}
+
+    def open(self, message: LogOpen) -> None:
+        """Bind a channel to an attempt's log and say where it goes on."""
+        owner = self._owner(message.attempt)
+        if owner is not None and owner != self._runner_id:
+            raise _broken("the attempt is another runner's")
+        if message.channel not in self._channels and len(self._channels) >= LOGS_OPEN_MAX:
+            raise _broken("too many open channels")
+        self._release(message.channel)
+        log = self._store.acquire(message.attempt, self._runner_id)
+        if log.runner_id != self._runner_id:
+            self._store.give_back(log)
+            raise _broken("the log is another runner's")
+        channel = _Channel(message.channel, log, log.end)
+        self._channels[message.channel] = channel
+        log.heard = lambda: self._ack(channel)
+        self._resume(channel)
+
+    def data(self, frame: bytes) -> None:
+        """Take a binary frame. Raises RemoteError for what no runner may send, StoreFailed when the disk refuses."""
+        number, offset, data = decode_data(frame)
+        channel = self._channels.get(number)
+        if channel is None:
+            raise _broken("data on a channel that is not open")
+        log, stop = channel.log, offset + len(data)
+        if stop > channel.credit:
+            raise _broken("data beyond the credit")
+        if offset > log.end:
+            if not channel.jumped:
+                channel.jumped = True
+                self._resume(channel)
+            return
+        if stop <= log.end:
+            return
+        channel.jumped = False
+        view = memoryview(data)
+        log.append(view[log.end - offset :] if offset < log.end else view)
+        self._store.wrote(log)
+        if log.end + CHANNEL_WINDOW_BYTES - channel.credit >= ACK_AFTER_BYTES:
+            self._ack(channel)
+
+    def gap(self, message: Gap) -> None:
+        """Bytes that exist nowhere: the end moves, and so does the credit."""
+        channel = self._known(message.channel)
+        if message.start > channel.log.end:
+            self._resume(channel)
+            return
+        channel.log.gap(message.end)
+        channel.jumped = False
+        self._store.wrote(channel.log)
+        self._ack(channel)
+
+    def closed(self, message: LogClosed) -> None:
+        """The runner's log ends here: it is complete when everything came and is durable."""
+        channel = self._known(message.channel)
+        log = channel.log
+        if log.complete:
+            self._ack(channel)
+            return
+        log.close(message.end)
+        self._store.wrote(log)
+
+    def release(self) -> None:
+        """The session ends: the logs go back, and nobody is told any more."""
+        for number in list(self._channels):
+            self._release(number)
+
+    def _known(self, number: int) -> _Channel:
+        channel = self._channels.get(number)
+        if channel is None:
+            raise _broken("a channel that is not open")
+        return channel
+
+    def _resume(self, channel: _Channel) -> None:
+        channel.credit = max(channel.credit, channel.log.end + CHANNEL_WINDOW_BYTES)
+        self._say(Resume(channel=channel.number, offset=channel.log.end, credit=channel.credit))
+
+    def _ack(self, channel: _Channel) -> None:
+        channel.credit = max(channel.credit, channel.log.end + CHANNEL_WINDOW_BYTES)
+        self._say(Ack(channel=channel.number, offset=channel.log.durable, credit=channel.credit))
+
+    def _release(self, number: int) -> None:
+        channel = self._channels.pop(number, None)
+        if channel is not None:
+            channel.log.heard = None
+            self._store.give_back(channel.log)
+
+
+def _broken(detail: str) -> RemoteError:
+    return RemoteError(Reason.BAD_FRAME, detail, CloseCode.BAD_FRAME)

@@ -1,0 +1,312 @@
+"""What users ask of the control plane: each request is one transaction, and its answer is kept for the same question.
+
+Reading is from committed rows; waiting is for an event, never a poll.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+import anyio
+
+from controlplane import store, tables, views
+from controlplane.dispatcher import lease_resource
+from controlplane.errors import Fault, RequestRefused
+from controlplane.keys import Keys, token_hash
+from controlplane.ledger import Ledger
+from controlplane.limits import INTENT_TTL_MS
+from controlplane.requests import (
+    ExecutionRequest,
+    JoinRequest,
+    RemoveRequest,
+    StopRequest,
+    WorktreeRequest,
+    fitting,
+    start_of,
+)
+from controlplane.rows import (
+    ExecutionRow,
+    ExecutionState,
+    IntentRow,
+    IntentState,
+    JoinTokenRow,
+    WorktreeRow,
+    WorktreeState,
+)
+from controlplane.store import Idempotency, Reply, Sent
+from controlplane.switchboard import Switchboard
+from controlplane.tables import Db
+from protocol.commands import AttemptTarget, ExecutionStop, Kind, LeaseGrant, WorktreeCreate, WorktreeRemove
+from protocol.identity import JOIN_TOKEN_BYTES, JoinString
+from protocol.ids import Attempt, ExecutionId, FencingToken
+from protocol.limits import JOIN_TOKEN_TTL_MS, LEASE_TTL_MS
+
+_FIRST_TOKEN: Final = FencingToken(1)
+Row = TypeVar("Row", ExecutionRow, WorktreeRow)
+
+
+class Desk:
+    """The users' side of a control plane."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger: Final = ledger
+        self.switchboard: Final = Switchboard(ledger)
+        self.closing: Final = anyio.Event()
+        """Set when the plane is about to end: whoever waits for something stops waiting."""
+
+    @property
+    def keys(self) -> Keys:
+        """Its keys."""
+        return self._ledger.keys
+
+    @property
+    def now_ms(self) -> int:
+        """Its clock."""
+        return self._ledger.clock()
+
+    # --- join tokens --------------------------------------------------------------------------------------------
+
+    async def join_token(
+        self, name: str | None = None, labels: dict[str, str] | None = None, *, asked: Idempotency | None = None
+    ) -> views.Join:
+        """A join string for one runner, bound to `name` and `labels` where they are given."""
+        request = JoinRequest(name=name, labels=labels or {})
+        keys, now_ms, salt = self.keys, self.now_ms, self._ledger.entropy(JOIN_TOKEN_BYTES)
+        expires_ms = now_ms + JOIN_TOKEN_TTL_MS
+        row = JoinTokenRow(
+            hash=token_hash(keys.join_token(salt)), name=request.name, labels=request.labels, expires_ms=expires_ms
+        )
+
+        def apply(db: Db) -> Reply:
+            before = store.replayed(db, asked, now_ms)
+            if before is not None:
+                return before
+            tables.put_join_token(db, row)
+            # The token itself is never stored: it is made again from its salt.
+            made = Reply(201, json.dumps({"salt": salt.hex(), "name": row.name, "expires_ms": expires_ms}))
+            store.remember(db, asked, made, now_ms)
+            return made
+
+        made = json.loads((await self._ledger.db.write(apply)).body)
+        host, port = self._ledger.address
+        join = JoinString(host, port, keys.join_token(bytes.fromhex(made["salt"])), keys.root.fingerprint)
+        return views.Join(join=str(join), name=made["name"], expires_ms=made["expires_ms"])
+
+    # --- executions ---------------------------------------------------------------------------------------------
+
+    async def submit_execution(self, runner_ref: str, request: ExecutionRequest) -> views.Execution:
+        """Ask a runner to run something. Raises RequestRefused."""
+        return views.Execution.model_validate_json((await self.ask_execution(runner_ref, request)).body)
+
+    async def ask_execution(
+        self, runner_ref: str, request: ExecutionRequest, asked: Idempotency | None = None
+    ) -> Reply:
+        """As `submit_execution`, under an Idempotency-Key."""
+        ledger, runner, now_ms = self._ledger, self._ledger.runner(runner_ref), self.now_ms
+        attempt = Attempt(ExecutionId(ledger.new_id("ex")), _FIRST_TOKEN)
+        lease = LeaseGrant(
+            res=lease_resource(attempt.execution_id), token=_FIRST_TOKEN, ttl_ms=LEASE_TTL_MS, on_loss=request.on_loss
+        )
+        args = start_of(request, runner.id, runner.seal_x, attempt)
+        intent = self._intent(runner.id, Kind.EXECUTION_START, attempt.execution_id, args, lease.dump())
+        row = ExecutionRow(
+            id=attempt.execution_id,
+            runner_id=runner.id,
+            start_token=attempt.start_token,
+            state=ExecutionState.QUEUED,
+            argv=tuple(request.argv),
+            cwd=request.cwd,
+            worktree_id=request.worktree,
+            cmd_id=intent.cmd_id,
+            created_ms=now_ms,
+        )
+
+        def start(db: Db) -> int:
+            store.start_execution(db, row, intent)
+            return 202
+
+        return await self._ask(runner.id, row.id, asked, start, self._show_execution)
+
+    async def stop_execution(self, execution_id: str, grace_ms: int | None = None) -> views.Execution:
+        """Ask for the end of an execution; idempotent. Raises RequestRefused(UNKNOWN_EXECUTION)."""
+        reply = await self.ask_stop(execution_id, StopRequest(grace_ms=grace_ms))
+        return views.Execution.model_validate_json(reply.body)
+
+    async def ask_stop(self, execution_id: str, request: StopRequest, asked: Idempotency | None = None) -> Reply:
+        """As `stop_execution`, under an Idempotency-Key; 200 when it was over already."""
+        row = self._execution_row(execution_id)
+        target = AttemptTarget(type="attempt", execution_id=row.id, start_token=row.start_token)
+        args = ExecutionStop(target=target, grace_ms=request.grace_ms).dump()
+        intent = self._intent(row.runner_id, Kind.EXECUTION_STOP, row.id, args, None)
+
+        def stop(db: Db) -> int:
+            before = tables.execution(db, execution_id)
+            store.stop_execution(db, execution_id, intent)
+            return 200 if before is not None and before.state.final else 202
+
+        return await self._ask(row.runner_id, row.id, asked, stop, self._show_execution)
+
+    def execution(self, execution_id: str) -> views.Execution:
+        """An execution as it is. Raises RequestRefused(UNKNOWN_EXECUTION)."""
+        return self._execution_view(self._execution_row(execution_id))
+
+    def executions(self, runner: str | None, state: str | None, limit: int) -> list[views.Execution]:
+        """Executions, newest first. Raises RequestRefused(UNKNOWN_RUNNER)."""
+        rows = tables.executions(self._ledger.db.reader, self._runner_filter(runner), state, limit)
+        return [self._execution_view(row) for row in rows]
+
+    async def wait_execution(self, execution_id: str, timeout_s: float) -> views.Execution:
+        """An execution once it is final, or as it is after `timeout_s`. Raises RequestRefused(UNKNOWN_EXECUTION)."""
+        row = await self._wait(execution_id, timeout_s, lambda: self._execution_row(execution_id))
+        return self._execution_view(row)
+
+    # --- worktrees ----------------------------------------------------------------------------------------------
+
+    async def submit_worktree(self, runner_ref: str, request: WorktreeRequest) -> views.Worktree:
+        """Ask a runner for a worktree. Raises RequestRefused."""
+        return views.Worktree.model_validate_json((await self.ask_worktree(runner_ref, request)).body)
+
+    async def ask_worktree(self, runner_ref: str, request: WorktreeRequest, asked: Idempotency | None = None) -> Reply:
+        """As `submit_worktree`, under an Idempotency-Key."""
+        ledger, runner = self._ledger, self._ledger.runner(runner_ref)
+        worktree_id = request.id or ledger.new_id("wt")
+        create = WorktreeCreate(worktree_id=worktree_id, repo=request.repo, base=request.base, branch=request.branch)
+        intent = self._intent(runner.id, Kind.WORKTREE_CREATE, worktree_id, fitting(create.dump()), None)
+        row = WorktreeRow(
+            id=worktree_id,
+            runner_id=runner.id,
+            state=WorktreeState.QUEUED,
+            repo=request.repo,
+            base=request.base,
+            branch=request.branch,
+            cmd_id=intent.cmd_id,
+            created_ms=self.now_ms,
+        )
+
+        def create_row(db: Db) -> int:
+            store.create_worktree(db, row, intent)
+            return 202
+
+        return await self._ask(runner.id, row.id, asked, create_row, self._show_worktree)
+
+    async def remove_worktree(self, worktree_id: str, *, force: bool = False) -> views.Worktree:
+        """Ask for the removal of a worktree. Raises RequestRefused."""
+        reply = await self.ask_removal(worktree_id, RemoveRequest(force=force))
+        return views.Worktree.model_validate_json(reply.body)
+
+    async def ask_removal(self, worktree_id: str, request: RemoveRequest, asked: Idempotency | None = None) -> Reply:
+        """As `remove_worktree`, under an Idempotency-Key."""
+        row = self._worktree_row(worktree_id)
+        args = WorktreeRemove(worktree_id=worktree_id, force=request.force).dump()
+        intent = self._intent(row.runner_id, Kind.WORKTREE_REMOVE, worktree_id, args, None)
+
+        def remove(db: Db) -> int:
+            store.remove_worktree(db, worktree_id, intent)
+            return 202
+
+        return await self._ask(row.runner_id, row.id, asked, remove, self._show_worktree)
+
+    def worktree(self, worktree_id: str) -> views.Worktree:
+        """A worktree as it is. Raises RequestRefused(UNKNOWN_WORKTREE)."""
+        return self._worktree_view(self._worktree_row(worktree_id))
+
+    def worktrees(self, runner: str | None, limit: int) -> list[views.Worktree]:
+        """Worktrees, newest first. Raises RequestRefused(UNKNOWN_RUNNER)."""
+        rows = tables.worktrees(self._ledger.db.reader, self._runner_filter(runner), limit)
+        return [self._worktree_view(row) for row in rows]
+
+    async def wait_worktree(self, worktree_id: str, timeout_s: float) -> views.Worktree:
+        """A worktree once its last order is answered, or as it is after `timeout_s`."""
+        row = await self._wait(worktree_id, timeout_s, lambda: self._worktree_row(worktree_id))
+        return self._worktree_view(row)
+
+    # --- inside -------------------------------------------------------------------------------------------------
+
+    async def _ask(
+        self,
+        runner_id: str,
+        subject: str,
+        asked: Idempotency | None,
+        apply: Callable[[Db], int],
+        show: Callable[[Db, str], str],
+    ) -> Reply:
+        """One transaction: the replayed answer, or the effect, the numbering of what may be sent, and the answer's memory."""
+        ledger, now_ms = self._ledger, self._ledger.clock()
+        permit = self.switchboard.permit(runner_id)
+
+        def transact(db: Db) -> tuple[Reply, Sent]:
+            before = store.replayed(db, asked, now_ms)
+            if before is not None:
+                return before, Sent()
+            status = apply(db)
+            sent = Sent() if permit is None else store.dispatch(db, runner_id, ledger.keys.org, permit, now_ms)
+            reply = Reply(status, show(db, subject))
+            store.remember(db, asked, reply, now_ms)
+            return reply, sent
+
+        def settle(done: tuple[Reply, Sent]) -> None:
+            self.switchboard.sent(runner_id, done[1])
+            ledger.refresh((subject,))
+
+        writing = ledger.db.write(transact, settle)
+        writing.add_done_callback(lambda _: self.switchboard.repay(runner_id, permit))
+        reply, _ = await writing
+        # An older intent may have had the place; whatever still fits goes now.
+        await self.switchboard.dispatch(runner_id)
+        return reply
+
+    def _intent(self, runner_id: str, kind: Kind, subject: str, args: bytes, lease: bytes | None) -> IntentRow:
+        now_ms = self._ledger.clock()
+        return IntentRow(
+            cmd_id=self._ledger.new_id("cm"),
+            runner_id=runner_id,
+            kind=kind,
+            subject=subject,
+            args=args,
+            lease=lease,
+            state=IntentState.QUEUED,
+            created_ms=now_ms,
+            expires_ms=now_ms + INTENT_TTL_MS,
+        )
+
+    async def _wait(self, about: str, timeout_s: float, read: Callable[[], Row]) -> Row:
+        """What `read` gives once it is final, or when the time is over or the plane ends."""
+        with anyio.move_on_after(timeout_s):
+            while not read().state.final and not self.closing.is_set():
+                await self._ledger.changed(about)
+        return read()
+
+    def _runner_filter(self, ref: str | None) -> str | None:
+        """The id for a filter: also of runners that were replaced."""
+        return ref if ref is None or ref in self._ledger.runners else self._ledger.runner(ref).id
+
+    def _execution_row(self, execution_id: str) -> ExecutionRow:
+        row = tables.execution(self._ledger.db.reader, execution_id)
+        if row is None:
+            raise RequestRefused(Fault.UNKNOWN_EXECUTION, "no execution has this id")
+        return row
+
+    def _worktree_row(self, worktree_id: str) -> WorktreeRow:
+        row = tables.worktree(self._ledger.db.reader, worktree_id)
+        if row is None:
+            raise RequestRefused(Fault.UNKNOWN_WORKTREE, "no worktree has this id")
+        return row
+
+    def _execution_view(self, row: ExecutionRow) -> views.Execution:
+        ledger = self._ledger
+        return views.execution_view(row, ledger.name_of(row.runner_id), ledger.logs.peek(row.attempt.name))
+
+    def _worktree_view(self, row: WorktreeRow) -> views.Worktree:
+        return views.worktree_view(row, self._ledger.name_of(row.runner_id))
+
+    def _show_execution(self, db: Db, execution_id: str) -> str:
+        """As it is inside the transaction, as JSON text."""
+        row = tables.execution(db, execution_id)
+        assert row is not None, "the transaction wrote or read it"
+        log = tables.log(db, row.attempt.name)
+        return views.execution_view(row, self._ledger.name_of(row.runner_id), log).model_dump_json()
+
+    def _show_worktree(self, db: Db, worktree_id: str) -> str:
+        row = tables.worktree(db, worktree_id)
+        assert row is not None, "the transaction wrote or read it"
+        return views.worktree_view(row, self._ledger.name_of(row.runner_id)).model_dump_json()

@@ -1,0 +1,252 @@
+"""What the control plane concludes from what runners say: reconnections, receipts, settlements, beats. Pure.
+
+Theory of operation. A user's request is an intent under one `cmd_id`. A receipt answers an intent, a settlement ends an attempt;
+both are kept as evidence whatever they say, and change a row only when it still waits for them.
+
+Why nothing runs twice after a fork or a restored backup. An intent keeps its `cmd_id`, an execution its attempt, whenever they are
+signed again. A runner that has consumed the first form refuses the second by the `cmd_id` (IDEMPOTENCY_MISMATCH) or by the attempt
+(DUPLICATE_ATTEMPT), whatever the numbers say; both refusals mean "the first form counts", so they change no row here: the
+first form's own receipt or settlement does. A runner that has never seen it runs it, once.
+The lease token is not raised for it either: it is the same attempt, and a living one must go on renewing the token it has.
+
+Rule 1: an attempt settles once. Rule 2: what is said of another attempt than the current one settles nothing.
+Rule 3: a settlement outranks every guess of ours, also "cancelled".
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from controlplane.rows import (
+    ExecutionRow,
+    ExecutionState,
+    IntentRow,
+    IntentState,
+    RunnerRow,
+    WorktreeRow,
+    WorktreeState,
+)
+from protocol.commands import Kind
+from protocol.errors import Reason
+from protocol.identity import HelloClaims
+from protocol.ids import Attempt, Digest, ExecutionId, FencingToken, is_id
+from protocol.limits import HINTS_MAX, LEASE_TTL_MS
+from protocol.messages import HeldLease, Hint, Renewal
+from protocol.receipt import INFRA_STATUS, Outcome, Receipt, Settlement
+from protocol.replay import Adopt, Mark, reconcile
+
+STOP_HINT = "stop"
+_FIRST_FORM_COUNTS = frozenset({Reason.IDEMPOTENCY_MISMATCH, Reason.DUPLICATE_ATTEMPT})
+
+
+# --- a runner comes back -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """How a session begins: under `inc`; `reborn` when the runner needs a new certificate for it."""
+
+    inc: int
+    told: Mark
+    """The runner's own mark, or zero: what the welcome goes on from."""
+    ctl: Mark
+    """Our mark: behind it the next number is given."""
+    out_hw: int
+    reborn: bool
+    requeue: bool
+    """What was sent and has no receipt becomes an intent again: its numbers died with the old incarnation."""
+
+
+def meet(runner: RunnerRow, claims: HelloClaims, digest_there: Digest | None) -> Meeting:
+    """Judge a verified hello; `digest_there` is the digest we signed under the hello's number, in our incarnation."""
+    # A runner whose outbox is shorter than we remember lost its state; it numbers anew from where it is.
+    out_hw = min(runner.out_hw, claims.out_head)
+    theirs = Mark(claims.ctl.hw, Digest(claims.ctl.head))
+    if claims.inc > runner.inc:
+        # We come back from a backup older than a fork. Only our own certificate can have raised the incarnation.
+        return Meeting(claims.inc, theirs, theirs, out_hw, reborn=False, requeue=True)
+    if claims.inc == runner.inc:
+        known = {} if digest_there is None else {theirs.hw: digest_there}
+        verdict = reconcile(known, runner.ctl.hw, runner.acked_hw, theirs)
+        if isinstance(verdict, Adopt):
+            ours = theirs if verdict.lost else runner.ctl
+            return Meeting(runner.inc, theirs, ours, out_hw, reborn=False, requeue=False)
+    # A true fork, or a runner that never got (or has lost) the certificate of our incarnation.
+    return Meeting(runner.inc + 1, Mark(), Mark(), out_hw, reborn=True, requeue=True)
+
+
+# --- what it says ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """Rows as they are after a statement; what is None stays as it was."""
+
+    intent: IntentRow | None = None
+    execution: ExecutionRow | None = None
+    worktree: WorktreeRow | None = None
+    conflict: str = ""
+    """Set when the statement contradicts an earlier one: an event for people."""
+
+
+Subject = ExecutionRow | WorktreeRow | None
+
+
+def receipted(intent: IntentRow | None, subject: Subject, receipt: Receipt, text: str) -> Change:
+    """What a verified receipt changes. `text` is its payload; `subject` is what the intent is about."""
+    if intent is None:
+        return Change(execution=_unheard(receipt, text) if subject is None else None)
+    if intent.state is IntentState.RECEIPTED:
+        return Change()
+    if receipt.outcome is Outcome.REFUSED and receipt.reason in _FIRST_FORM_COUNTS:
+        return Change()
+    answered = replace(intent, state=IntentState.RECEIPTED)
+    match subject:
+        case ExecutionRow() if intent.kind == Kind.EXECUTION_START:
+            return Change(intent=answered, execution=_start_answered(subject, receipt, text))
+        case WorktreeRow() if intent.kind == Kind.WORKTREE_CREATE:
+            return Change(intent=answered, worktree=_create_answered(subject, receipt))
+        case WorktreeRow() if intent.kind == Kind.WORKTREE_REMOVE:
+            return Change(intent=answered, worktree=_remove_answered(subject, receipt))
+        case _:
+            return Change(intent=answered)
+
+
+def _start_answered(row: ExecutionRow, receipt: Receipt, text: str) -> ExecutionRow:
+    row = replace(row, receipt=text)
+    if row.settlement is not None:
+        return row
+    if receipt.outcome in (Outcome.ACCEPTED, Outcome.DONE):
+        return replace(row, state=ExecutionState.RUNNING, exit_status=None, reason=None, detail="")
+    return replace(
+        row,
+        state=ExecutionState.REFUSED,
+        exit_status=INFRA_STATUS,
+        reason=receipt.reason,
+        detail=receipt.detail,
+    )
+
+
+def _create_answered(row: WorktreeRow, receipt: Receipt) -> WorktreeRow:
+    if receipt.outcome is Outcome.DONE:
+        told = {name: _text(receipt.result.get(name)) for name in ("path", "head", "branch")}
+        return replace(
+            row, state=WorktreeState.READY, path=told["path"], head=told["head"], branch=told["branch"], reason=None
+        )
+    state = WorktreeState.FAILED if receipt.outcome is Outcome.FAILED else WorktreeState.REFUSED
+    return replace(row, state=state, reason=receipt.reason, detail=receipt.detail)
+
+
+def _remove_answered(row: WorktreeRow, receipt: Receipt) -> WorktreeRow:
+    if receipt.outcome is Outcome.DONE:
+        return replace(row, state=WorktreeState.REMOVED, reason=None, detail="")
+    # It is still there: whoever asked reads why, and may ask again.
+    return replace(row, state=WorktreeState.READY, reason=receipt.reason, detail=receipt.detail)
+
+
+def _unheard(receipt: Receipt, text: str) -> ExecutionRow | None:
+    """A start we do not remember (restored from a backup): what the runner's accepted receipt says of it."""
+    execution_id, token = receipt.result.get("execution_id"), receipt.result.get("start_token")
+    if receipt.kind != Kind.EXECUTION_START or receipt.outcome is not Outcome.ACCEPTED:
+        return None
+    if not isinstance(execution_id, str) or not is_id(execution_id) or not isinstance(token, int) or token < 1:
+        return None
+    return ExecutionRow(
+        id=execution_id,
+        runner_id=receipt.runner,
+        start_token=token,
+        state=ExecutionState.RUNNING,
+        cmd_id=receipt.cmd_id,
+        created_ms=receipt.at_ms,
+        receipt=text,
+        detail="known from its receipt only",
+    )
+
+
+def settled(
+    intent: IntentRow | None, execution: ExecutionRow | None, settlement: Settlement, digest: str, text: str
+) -> Change:
+    """What a verified settlement changes; a second, different one changes nothing and is told."""
+    row = execution or ExecutionRow(
+        id=settlement.execution_id,
+        runner_id=settlement.runner,
+        start_token=settlement.start_token,
+        state=ExecutionState.RUNNING,
+        cmd_id=settlement.cmd_id,
+        created_ms=settlement.at_ms,
+        detail="known from its settlement only",
+    )
+    if row.runner_id != settlement.runner or row.start_token != settlement.start_token:
+        return Change(conflict="a settlement of another attempt")
+    if row.settlement is not None:
+        return Change(conflict="" if row.settlement_digest == digest else "a second settlement of an attempt")
+    mine = intent is not None and intent.subject == row.id and intent.runner_id == row.runner_id
+    return Change(
+        # An attempt that ended was started: the start must not be sent again, also if its receipt is still to come.
+        intent=replace(intent, state=IntentState.RECEIPTED) if mine and intent is not None else None,
+        execution=replace(
+            row,
+            state=ExecutionState.SETTLED,
+            settlement=text,
+            settlement_digest=digest,
+            exit_status=settlement.exit_status,
+            reason=settlement.cause.reason,
+            detail=settlement.cause.detail,
+        ),
+    )
+
+
+def stop_was_overtaken(row: ExecutionRow, start: IntentRow | None) -> bool:
+    """Whether a stop may simply call back the start: it was never signed, so no runner can know it."""
+    return start is not None and start.state is IntentState.QUEUED and start.signed_times == 0 and not row.state.final
+
+
+# --- beats -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Living:
+    """An execution that has not ended: the token of its lease, and the stop that was asked for."""
+
+    execution_id: str
+    token: int
+    stop_cmd_id: str | None
+
+    @property
+    def attempt(self) -> Attempt:
+        """Its attempt."""
+        return Attempt(ExecutionId(self.execution_id), FencingToken(self.token))
+
+
+def lease_resource(execution_id: str) -> str:
+    """The name under which an execution's lease is granted."""
+    return f"exec:{execution_id}"
+
+
+def renew(held: Iterable[HeldLease], living: Mapping[str, Living]) -> list[Renewal]:
+    """Answer the leases of a beat; `living` is by resource."""
+    return [_renewal(lease, living.get(lease.res)) for lease in held]
+
+
+def _renewal(lease: HeldLease, row: Living | None) -> Renewal:
+    if row is None:
+        return Renewal(res=lease.res, token=lease.token, reason=Reason.UNKNOWN_TARGET)
+    if lease.token < row.token:
+        return Renewal(res=lease.res, token=lease.token, reason=Reason.FENCED)
+    if lease.token > row.token:
+        # No token of ours: it was granted by nobody we know.
+        return Renewal(res=lease.res, token=lease.token, reason=Reason.UNKNOWN_TARGET)
+    return Renewal(res=lease.res, token=lease.token, ttl_ms=LEASE_TTL_MS)
+
+
+def hints(living: Iterable[Living]) -> list[Hint]:
+    """The stops that still wait for their attempt's end."""
+    wanted: Sequence[Hint] = [
+        Hint(attempt=row.attempt.name, want=STOP_HINT, cmd_id=row.stop_cmd_id)
+        for row in living
+        if row.stop_cmd_id is not None
+    ]
+    return list(wanted[:HINTS_MAX])
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None

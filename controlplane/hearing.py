@@ -1,0 +1,242 @@
+"""The transactions of a session: how it begins, what its reports and beats leave behind.
+
+The deciding is done by `dispatcher`; here is what it is given and what is kept of its answers.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from controlplane import dispatcher, tables
+from controlplane.dispatcher import Change, Meeting, Subject
+from controlplane.errors import Fault, RequestRefused
+from controlplane.rows import (
+    CommandRow,
+    EventRow,
+    ExecutionState,
+    IntentRow,
+    IntentState,
+    RunnerRow,
+    StatementRow,
+    WorktreeState,
+)
+from controlplane.tables import Db
+from protocol.commands import Kind
+from protocol.envelope import Verified, digest_of
+from protocol.errors import Reason
+from protocol.events import Event
+from protocol.identity import HelloClaims
+from protocol.messages import Answer, ReportItem
+from protocol.receipt import Receipt, Settlement
+
+# --- meeting -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """A session that has begun: the runner as it is now, what was agreed, and what must be sent again."""
+
+    runner: RunnerRow
+    meeting: Meeting
+    again: tuple[CommandRow, ...]
+    touched: tuple[str, ...]
+
+
+Certify = Callable[[RunnerRow, int], str]
+"""Signs a runner's certificate for an incarnation."""
+
+
+def begin_session(
+    db: Db, runner_id: str, session: str, claims: HelloClaims, certify: Certify, keyset_version: int, now_ms: int
+) -> Begun:
+    """Agree with a runner where to go on. Raises RequestRefused(UNKNOWN_RUNNER) when it was replaced meanwhile."""
+    runner = tables.runner(db, runner_id)
+    if runner is None or not runner.living:
+        raise RequestRefused(Fault.UNKNOWN_RUNNER)
+    there = tables.digest_at(db, runner_id, claims.inc, claims.ctl.hw)
+    meeting = dispatcher.meet(runner, claims, there)
+    touched = _requeue(db, runner_id) if meeting.requeue else ()
+    runner = replace(
+        runner,
+        inc=meeting.inc,
+        certificate=certify(runner, meeting.inc) if meeting.reborn else runner.certificate,
+        session=session,
+        ctl=meeting.ctl,
+        acked_hw=meeting.told.hw,
+        out_hw=meeting.out_hw,
+        keyset_version=max(keyset_version, claims.keyset_version),
+        last_seen_ms=now_ms,
+        version=claims.version,
+        platform=claims.platform,
+        hostname=claims.hostname,
+        policy_digest=claims.policy_digest,
+        attempts=claims.attempts,
+    )
+    tables.put_runner(db, runner)
+    again = (
+        *tables.open_safety(db, runner_id, runner.inc),
+        *tables.commands_above(db, runner_id, runner.inc, meeting.told.hw),
+    )
+    return Begun(runner=runner, meeting=meeting, again=again, touched=touched)
+
+
+def _requeue(db: Db, runner_id: str) -> tuple[str, ...]:
+    """What was sent and has no receipt is an intent again, under its own `cmd_id` (see `dispatcher`)."""
+    intents = tables.intents_in(db, runner_id, IntentState.SENT)
+    for intent in intents:
+        tables.put_intent_state(db, replace(intent, state=IntentState.QUEUED))
+        execution = tables.execution(db, intent.subject) if intent.kind == Kind.EXECUTION_START else None
+        if execution is not None and execution.state is ExecutionState.SENT:
+            tables.put_execution(db, replace(execution, state=ExecutionState.QUEUED))
+        worktree = tables.worktree(db, intent.subject) if intent.kind == Kind.WORKTREE_CREATE else None
+        if worktree is not None and worktree.state is WorktreeState.CREATING:
+            tables.put_worktree(db, replace(worktree, state=WorktreeState.QUEUED))
+    return tuple({intent.subject for intent in intents})
+
+
+# --- hearing -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """An item that is refused for ever."""
+
+    reason: Reason
+    detail: str
+
+
+Opened = Verified[Receipt] | Verified[Settlement] | Event | Unreadable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heard:
+    """What a report did: the final answers, and the rows that changed."""
+
+    answers: tuple[Answer, ...]
+    touched: tuple[str, ...]
+
+
+def hear(db: Db, runner_id: str, items: Sequence[tuple[ReportItem, Opened]], now_ms: int) -> Heard:
+    """Keep a report: each item once, by its number and its bytes."""
+    answers: list[Answer] = []
+    touched: set[str] = set()
+    for item, opened in items:
+        body = digest_of(item.body.encode())
+        known, reason = tables.answered(db, runner_id, item.out_seq, body)
+        if not known:
+            refusal = opened.reason if isinstance(opened, Unreadable) else None
+            reason = None if refusal is None else str(refusal)
+            touched |= _hear(db, runner_id, item, opened, body, now_ms)
+            tables.put_answered(db, runner_id, item.out_seq, body, reason)
+        answers.append(
+            Answer(out_seq=item.out_seq, stored=reason is None, reason=None if reason is None else Reason(reason))
+        )
+    # Items come in order from our own mark on, and one that was pruned never comes: the highest one is the mark.
+    highest = max(item.out_seq for item, _ in items)
+    db.execute("UPDATE runners SET out_hw = max(out_hw, ?) WHERE id = ?", (highest, runner_id))
+    return Heard(answers=tuple(answers), touched=tuple(touched))
+
+
+def _hear(db: Db, runner_id: str, item: ReportItem, opened: Opened, body: str, now_ms: int) -> set[str]:
+    if isinstance(opened, Unreadable):
+        event = EventRow(
+            runner_id=runner_id,
+            at_ms=now_ms,
+            kind=f"{item.kind}.refused",
+            reason=opened.reason,
+            detail=opened.detail,
+            digest=body,
+        )
+        tables.add_event(db, event)
+        return set()
+    if isinstance(opened, Event):
+        tables.add_event(db, _event(runner_id, opened, body))
+        return set()
+    text = opened.payload.decode()
+    said = opened.value
+    intent = tables.intent(db, said.cmd_id)
+    if intent is not None and intent.runner_id != runner_id:
+        intent = None
+    if isinstance(said, Receipt):
+        subject = _subject(db, runner_id, said.cmd_id, said.result, intent)
+        change = dispatcher.receipted(intent, subject, said, text)
+        if said.seq is not None:
+            _acked(db, runner_id, said.inc, said.seq)
+        about = intent.subject if intent is not None else _about(subject or change.execution)
+    else:
+        change = dispatcher.settled(intent, tables.execution(db, said.execution_id), said, opened.digest, text)
+        about = said.execution_id
+    touched = _keep(db, change)
+    statement = StatementRow(
+        digest=opened.digest,
+        runner_id=runner_id,
+        kind=item.kind,
+        cmd_id=said.cmd_id,
+        subject=about,
+        envelope=item.body,
+        payload=text,
+        received_ms=now_ms,
+    )
+    tables.put_statement(db, statement)
+    if change.conflict:
+        event = EventRow(
+            runner_id=runner_id,
+            at_ms=now_ms,
+            kind="settlement.conflict",
+            detail=change.conflict,
+            digest=opened.digest,
+        )
+        tables.add_event(db, event)
+    return touched | ({about} if about else set())
+
+
+def _subject(db: Db, runner_id: str, cmd_id: str, result: dict[str, object], intent: IntentRow | None) -> Subject:
+    """What a receipt is about: the intent's subject, or, of an intent we forgot, what the receipt itself names."""
+    if intent is not None:
+        row = tables.execution(db, intent.subject) or tables.worktree(db, intent.subject)
+    else:
+        named = result.get("execution_id")
+        row = tables.execution(db, named) if isinstance(named, str) else None
+    return row
+
+
+def _about(subject: Subject) -> str:
+    return "" if subject is None else subject.id
+
+
+def _keep(db: Db, change: Change) -> set[str]:
+    touched = set()
+    if change.intent is not None:
+        tables.put_intent_state(db, change.intent)
+    if change.execution is not None:
+        tables.put_execution(db, change.execution)
+        res = dispatcher.lease_resource(change.execution.id)
+        tables.raise_token(db, res, change.execution.start_token)
+        touched.add(change.execution.id)
+    if change.worktree is not None:
+        tables.put_worktree(db, change.worktree)
+        touched.add(change.worktree.id)
+    return touched
+
+
+def _event(runner_id: str, event: Event, digest: str) -> EventRow:
+    return EventRow(
+        runner_id=runner_id,
+        at_ms=event.at_ms,
+        kind=event.kind,
+        reason=event.reason,
+        detail=event.detail,
+        digest=digest,
+    )
+
+
+def seen(db: Db, marks: Sequence[tuple[str, int, int, int]]) -> None:
+    """Write (runner, inc, last seen, acked mark) of the runners that are there."""
+    for runner_id, inc, at_ms, hw in marks:
+        db.execute("UPDATE runners SET last_seen_ms = max(last_seen_ms, ?) WHERE id = ?", (at_ms, runner_id))
+        _acked(db, runner_id, inc, hw)
+
+
+def _acked(db: Db, runner_id: str, inc: int, hw: int) -> None:
+    """The runner told to have consumed `ctl` up to `hw`; a number we never gave is not worth keeping."""
+    sql = "UPDATE runners SET acked_hw = max(acked_hw, ?1) WHERE id = ?2 AND inc = ?3 AND ctl_hw >= ?1"
+    db.execute(sql, (hw, runner_id, inc))

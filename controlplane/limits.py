@@ -1,0 +1,67 @@
+"""Bounds of the reference control plane itself; what crosses the wire is bounded in `protocol.limits`."""
+
+from typing import Final
+
+from protocol.limits import ACK_AFTER_BYTES, CHANNEL_WINDOW_BYTES, KIB, MIB
+
+INTENT_TTL_MS: Final = 24 * 60 * 60 * 1000
+"""A request that no runner took in a day is a forgotten one."""
+IDEMPOTENCY_TTL_MS: Final = 24 * 60 * 60 * 1000
+"""How long an Idempotency-Key answers with the first response: clients give up long before."""
+INTENTS_QUEUED_MAX: Final = 10_000
+"""Unsigned intents of one runner: a laptop that is asleep must not collect work without end."""
+SAFETY_AT_ONCE_MAX: Final = 256
+"""Stops signed in one transaction, beside the room of `ctl`: a stop waits for nobody."""
+KEYSET_TTL_MS: Final = 30 * 24 * 60 * 60 * 1000
+"""Short enough that a stolen key set dies by itself, long enough for a machine in a drawer over a holiday."""
+LAST_SEEN_FLUSH_MS: Final = 30 * 1000
+"""How stale `last_seen` may be on the disk: a beat costs no transaction."""
+EXPIRY_SWEEP_MS: Final = 60 * 1000
+KEYSET_CHECK_MS: Final = 24 * 60 * 60 * 1000
+OUTBOX_PATIENCE_MS: Final = 60 * 1000
+"""How long a session waits for items that its hello announced and that may have been pruned on the runner."""
+EVENTS_PER_RUNNER_MAX: Final = 1000
+"""Refusals and events kept of one runner: a loop of bad envelopes must not fill the disk."""
+
+BODY_BYTES_MAX: Final = 128 * KIB
+"""One REST body: a payload of the maximum size, and secrets that grow when they are sealed."""
+PAYLOAD_HEADER_BYTES_MAX: Final = 2 * KIB
+"""What a command's header adds to its arguments, at most; asked for room before an intent is taken."""
+WAIT_MS_MAX: Final = 30 * 1000
+"""`wait_ms`: below the idle timeout of every proxy we know."""
+LIST_LIMIT: Final = 50
+LIST_LIMIT_MAX: Final = 500
+IDEMPOTENCY_KEY_CHARS_MAX: Final = 200
+
+TRANSACTION_CLOSURES_MAX: Final = 256
+"""Closures in one commit: past this, waiting for the slowest costs more than the saved fsync."""
+SAID_MESSAGES_MAX: Final = 2048
+"""Messages that wait for a slow runner's socket before its session ends: two full rooms of commands and their answers."""
+REPORTS_QUEUED_MAX: Final = 8
+"""Reports read and not yet stored: twice what an honest runner has in flight; then reading waits."""
+SEND_TIMEOUT_S: Final = 30.0
+"""A peer that takes nothing for this long is gone."""
+CLOSE_TIMEOUT_S: Final = 2.0
+SHUTDOWN_GRACE_S: Final = 3
+WS_PING_S: Final = 20.0
+
+SYNC_AFTER_BYTES: Final = 16 * MIB
+"""fdatasync per 16 MiB costs nothing measurable, per 4 MiB it halves the throughput."""
+SYNC_IDLE_MS: Final = 100
+"""A tail that rests is durable after this."""
+SYNC_AGE_MS: Final = 1000
+"""A trickle that never rests is durable after this."""
+SYNC_TICK_MS: Final = 25
+"""How often the deadlines above are looked at while something is unsynced."""
+SYNCS_AT_ONCE_MAX: Final = 4
+"""Logs synced side by side: more only queue in the disk."""
+READ_BLOCK_BYTES: Final = 256 * KIB
+"""One read of a log for a client; several records always fit."""
+DIGEST_BLOCK_BYTES: Final = 1 * MIB
+LOGS_OPEN_MAX: Final = 512
+"""Open channels of one session, hence file descriptors."""
+GAPS_MAX: Final = 10_000
+"""Holes remembered of one log."""
+
+assert CHANNEL_WINDOW_BYTES > ACK_AFTER_BYTES
+assert SYNC_AFTER_BYTES > CHANNEL_WINDOW_BYTES

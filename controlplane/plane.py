@@ -1,0 +1,235 @@
+"""The control plane put together: what REST, the gateway, tests and benchmarks all use.
+
+`async with ControlPlane.open(directory) as plane` is a whole one, without a port; `server.run_embedded` gives it one.
+"""
+
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+import anyio
+import anyio.to_thread
+import structlog
+
+from controlplane import hearing, logread, store, tables, views
+from controlplane.database import Database
+from controlplane.desk import Desk
+from controlplane.errors import Fault, RequestRefused, StoreFailed
+from controlplane.gateway import Gateway
+from controlplane.keys import lock_directory, open_keys
+from controlplane.ledger import Clock, Entropy, Ledger
+from controlplane.limits import EXPIRY_SWEEP_MS, KEYSET_CHECK_MS, LAST_SEEN_FLUSH_MS
+from protocol.errors import CloseCode, Reason
+from protocol.keys import PublicKey
+from protocol.limits import BEAT_INTERVAL_MS
+from protocol.wire import JsonObject
+
+DATABASE_FILE: Final = "control.db"
+_STATEMENTS_MAX: Final = 1000
+_log = structlog.get_logger("controlplane.plane")
+
+
+def wall_ms() -> int:
+    """Unix time in milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+class ControlPlane(Desk):
+    """A control plane that is open. Made by `open` alone."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__(ledger)
+        self.gateway: Final = Gateway(self.switchboard, ledger.clock, ledger.entropy)
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls,
+        data_dir: Path,
+        *,
+        db: Path | None = None,
+        clock: Clock = wall_ms,
+        entropy: Entropy = os.urandom,
+        beat_ms: int = BEAT_INTERVAL_MS,
+    ) -> AsyncIterator["ControlPlane"]:
+        """Open the control plane of a data directory, and make what the first start wants.
+
+        Raises:
+            StartRefused: another process has it, a secret is readable by others, or a file is damaged or newer.
+        """
+        lock = lock_directory(data_dir)
+        try:
+            keys = open_keys(data_dir, clock(), entropy)
+            database = Database(db or data_dir / DATABASE_FILE)
+            ledger = Ledger(keys, database, clock, entropy, beat_ms)
+            ledger.load(data_dir / "logs")
+            plane = cls(ledger)
+            try:
+                async with anyio.create_task_group() as tasks:
+                    await tasks.start(ledger.logs.run)
+                    tasks.start_soon(plane._every, LAST_SEEN_FLUSH_MS, plane._flush_seen)
+                    tasks.start_soon(plane._every, EXPIRY_SWEEP_MS, plane._expire)
+                    tasks.start_soon(plane._every, KEYSET_CHECK_MS, plane.renew_keyset)
+                    try:
+                        yield plane
+                    finally:
+                        plane.end_sessions()
+                        tasks.cancel_scope.cancel()
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await plane._close()
+        finally:
+            os.close(lock)
+
+    # --- facts --------------------------------------------------------------------------------------------------
+
+    @property
+    def commits(self) -> int:
+        """Transactions so far."""
+        return self._ledger.db.commits
+
+    def set_address(self, host: str, port: int) -> None:
+        """Say where runners dial in: it goes into join strings."""
+        self._ledger.address = (host, port)
+
+    def runners(self) -> list[views.Runner]:
+        """The living runners, by name."""
+        rows = sorted((row for row in self._ledger.runners.values() if row.living), key=lambda row: row.name)
+        return [
+            views.runner_view(
+                row,
+                PublicKey.from_b64url(row.x).key_id,
+                online=self.switchboard.is_online(row.id),
+                last_seen_ms=self._ledger.last_seen_ms.get(row.id, 0),
+            )
+            for row in rows
+        ]
+
+    def published_keys(self) -> JsonObject:
+        """Everything a stranger needs to verify envelopes and receipts."""
+        keys = self.keys
+        return {
+            "root": keys.root.model_dump(mode="json"),
+            "root_fingerprint": keys.root.fingerprint,
+            "keyset": keys.keyset.envelope.decode(),
+            "runners": [
+                {"id": row.id, "x": row.x, "key_id": PublicKey.from_b64url(row.x).key_id}
+                for row in self._ledger.runners.values()
+            ],
+        }
+
+    def statements(self, about: str) -> list[JsonObject]:
+        """Signed statements about an execution, a worktree or a command."""
+        rows = tables.statements(self._ledger.db.reader, about, _STATEMENTS_MAX)
+        return [views.statement_view(row) for row in rows]
+
+    def events(self, runner: str | None, limit: int) -> list[JsonObject]:
+        """What was told or refused, newest first. Raises RequestRefused(UNKNOWN_RUNNER)."""
+        rows = tables.events(self._ledger.db.reader, self._runner_filter(runner), limit)
+        return [views.event_view(row) for row in rows]
+
+    # --- logs ---------------------------------------------------------------------------------------------------
+
+    async def read_log(self, execution_id: str, offset: int, *, follow: bool) -> tuple[int, AsyncIterator[bytes]]:
+        """The end of an execution's log as it is now, and its records from `offset` on; `follow` goes on until it is complete.
+
+        Raises:
+            RequestRefused: UNKNOWN_EXECUTION, or BAD_OFFSET where no record begins.
+        """
+        row = self._execution_row(execution_id)
+        logs = self._ledger.logs
+        log = logs.acquire(row.attempt.name, row.runner_id)
+        try:
+            if offset > log.end or not await anyio.to_thread.run_sync(logread.is_boundary, log, offset):
+                raise RequestRefused(Fault.BAD_OFFSET, "no record begins at this offset")
+        except BaseException:
+            logs.give_back(log)
+            raise
+
+        def more() -> bool:
+            return not self.closing.is_set() and self._log_grows(execution_id)
+
+        async def stream() -> AsyncIterator[bytes]:
+            try:
+                async for block in logread.read_log(log, offset, more if follow else None):
+                    yield block
+            finally:
+                logs.give_back(log)
+
+        return log.end, stream()
+
+    async def digests(self, execution_id: str) -> JsonObject:
+        """What the stored log adds up to. Raises RequestRefused(UNKNOWN_EXECUTION)."""
+        execution = self._execution_row(execution_id)
+        attempt = execution.attempt.name
+        log = self._ledger.logs.acquire(attempt, execution.runner_id)
+        try:
+            row = log.row
+            sums = await anyio.to_thread.run_sync(logread.digests, row, log.path)
+        finally:
+            self._ledger.logs.give_back(log)
+        return {
+            "streams": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sums.streams.items()},
+            "log": {"end": sums.end, "segments": sums.segments, "chain": sums.chain},
+            "complete": row.complete,
+            "gaps": [list(gap) for gap in row.gaps],
+            "chain_ok": sums.chain_ok,
+        }
+
+    def _log_grows(self, execution_id: str) -> bool:
+        """Whether more of a log may come: not for what never ran, nor for what settled without one."""
+        row = self._execution_row(execution_id)
+        if not row.state.final:
+            return True
+        return row.settlement is not None and json.loads(row.settlement).get("log") is not None
+
+    # --- in the background --------------------------------------------------------------------------------------
+
+    def end_sessions(self) -> None:
+        """Say goodbye to every runner and wake who waits: the plane is about to end."""
+        self.closing.set()
+        for session in self.switchboard.sessions:
+            session.end(Reason.GOING_AWAY, CloseCode.GOING_AWAY, "the control plane ends")
+        self._ledger.wake_all()
+
+    async def renew_keyset(self) -> None:
+        """Issue the next keyset when little of this one's life is left; runners fetch it by meeting again."""
+        ledger = self._ledger
+        if ledger.keys.wants_renewal(ledger.clock()):
+            ledger.keys = await anyio.to_thread.run_sync(ledger.keys.renewed, ledger.clock())
+            _log.info("keyset.renewed", version=ledger.keys.keyset.value.version)
+        for session in self.switchboard.sessions:
+            if session.keyset_version < ledger.keys.keyset.value.version:
+                session.end(Reason.GOING_AWAY, CloseCode.GOING_AWAY, "there is a newer keyset")
+
+    async def _every(self, interval_ms: int, do: Callable[[], Awaitable[object]]) -> None:
+        while True:
+            await anyio.sleep(interval_ms / 1000)
+            try:
+                await do()
+            except StoreFailed as exc:
+                _log.error("store.failed", detail=exc.detail)
+
+    async def _flush_seen(self) -> None:
+        marks = self.switchboard.marks()
+        if marks:
+            await self._ledger.db.write(lambda db: hearing.seen(db, marks))
+
+    async def _expire(self) -> None:
+        now_ms = self._ledger.clock()
+        await self._ledger.db.write(
+            lambda db: store.expire(db, now_ms), lambda sent: self._ledger.refresh(sent.touched)
+        )
+
+    async def _close(self) -> None:
+        """Everything durable, everything closed."""
+        try:
+            await self._flush_seen()
+            await self._ledger.logs.flush()
+        except StoreFailed as exc:
+            _log.error("store.failed", detail=exc.detail)
+        await self._ledger.db.close()

@@ -1,0 +1,268 @@
+"""`exec`, `ps`, `logs` and `stop`: executions, as a person at a shell wants them."""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from controlplane.client import Json, PlaneClient, PlaneRefused, PlaneUnreachable
+from controlplane.follow import (
+    Left,
+    follow_log,
+    print_log,
+    stop_aside,
+    stop_at_interrupt,
+    tell_on_stderr,
+    wait_for_end,
+)
+from controlplane.reach import (
+    DURATION,
+    SIZE,
+    ExitCode,
+    Reach,
+    as_json,
+    explain,
+    pairs,
+    pass_reach,
+    path_id,
+    without_none,
+)
+from controlplane.render import command_line, complain, log_text, moment, print_json, print_table, write_piece
+from protocol.errors import RemoteError
+from protocol.limits import SECRET_BYTES_MAX
+from protocol.logtext import LogText
+
+LIST_MAX: Final = 500
+"""Executions in one listing: what a control plane gives at most."""
+_LIVING: Final = ("queued", "sent", "running")
+
+
+@click.command("exec")
+@click.argument("runner")
+@click.argument("argv", metavar="CMD [ARG]...", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option("--worktree", metavar="ID", help="Run in this managed worktree.")
+@click.option("--subdir", metavar="DIR", help="In this directory of the worktree.")
+@click.option("--cwd", metavar="DIR", help="Run in this directory of the runner's machine (absolute).")
+@click.option(
+    "--env", "-e", "env", multiple=True, metavar="K=V", help="Set a variable; may be repeated. Not for secrets."
+)
+@click.option(
+    "--secret",
+    "secrets",
+    multiple=True,
+    metavar="NAME[=@FILE]",
+    help="Pass a secret, from a file or from this environment; may be repeated.",
+)
+@click.option("--timeout", type=DURATION, metavar="DURATION", help="End it after this long.")
+@click.option("--grace", type=DURATION, metavar="DURATION", help="Between TERM and KILL when it is stopped.")
+@click.option("--detach", "-d", is_flag=True, help="Only order it, and print its id.")
+@as_json
+@click.pass_context
+def execute(
+    ctx: click.Context, /, runner: str, argv: tuple[str, ...], detach: bool, as_json: bool, **options: Any
+) -> None:
+    """Run a command on a runner and be it: its output, its exit status.
+
+    stdout and stderr stay apart and come byte for byte. ^C stops the execution and waits for its end; ^C again leaves.
+    A control plane that restarts meanwhile is waited for. The exit status is the command's own, 128 + n when signal n
+    killed it, 125 when we failed (the reason is on stderr). With --json nothing is streamed: the execution is printed
+    at its end, whose output `runner-control logs` gives.
+
+    A secret is sealed to the runner's key and becomes a variable of the command alone. `--secret NAME` takes it from
+    your environment, `--secret NAME=@FILE` from a file, without the newline at its end.
+
+    \b
+    Examples:
+      runner-control exec laptop --cwd /home/me/src -- make -j4 test
+      runner-control exec laptop --worktree wt_1 --timeout 10m -- pytest -q > out.txt
+      runner-control exec laptop --cwd /tmp --secret API_TOKEN=@token.txt --env MODE=ci -- ./deploy
+      runner-control exec laptop --cwd /tmp --detach -- sleep 600
+    """
+    body = _body(argv, **options)
+    reach = ctx.find_object(Reach)
+    assert reach is not None, "the group makes it"
+    with reach.client() as client:
+        try:
+            ordered = client.post(f"/runners/{path_id(runner)}/executions", body)
+            if detach:
+                print_json(ordered) if as_json else click.echo(ordered["id"])
+                return
+            ended = _be(client, ordered["id"], log_text(raw=True), quiet=as_json)
+        except Left:
+            complain("left; it goes on until it has stopped", f"runner-control logs -f {ordered['id']}")
+            ctx.exit(ExitCode.INTERRUPTED)
+        except (PlaneRefused, PlaneUnreachable, RemoteError) as exc:
+            explain(exc)
+            if as_json:
+                print_json({"error": {"reason": getattr(exc, "reason", "UNREACHABLE"), "detail": str(exc)}})
+            ctx.exit(ExitCode.FAILED)
+    if as_json:
+        print_json(ended)
+    ctx.exit(_status(ended))
+
+
+def _body(
+    argv: tuple[str, ...],
+    *,
+    worktree: str | None,
+    subdir: str | None,
+    cwd: str | None,
+    env: tuple[str, ...],
+    secrets: tuple[str, ...],
+    timeout: int | None,
+    grace: int | None,
+) -> Json:
+    if (worktree is None) == (cwd is None):
+        raise click.UsageError("say where: --worktree ID (a managed worktree) or --cwd DIR (a directory of the runner)")
+    if cwd is not None and not cwd.startswith("/"):
+        raise click.BadParameter("expected an absolute path of the runner's machine", param_hint="--cwd")
+    if subdir is not None and worktree is None:
+        raise click.UsageError("--subdir goes with --worktree")
+    return without_none(
+        {
+            "argv": list(argv),
+            "cwd": cwd,
+            "worktree": worktree,
+            "subdir": subdir,
+            "env": pairs(env, "--env"),
+            "secrets": dict(map(_secret, secrets)),
+            "timeout_ms": timeout,
+            "grace_ms": grace,
+        }
+    )
+
+
+def _secret(given: str) -> tuple[str, str]:
+    name, equals, source = given.partition("=")
+    hint = "--secret"
+    if not equals:
+        if name not in os.environ:
+            raise click.BadParameter(f"{name} is not in this environment", param_hint=hint)
+        return name, os.environ[name]
+    if not name or not source.startswith("@"):
+        raise click.BadParameter("expected NAME or NAME=@FILE: others can see arguments of commands", param_hint=hint)
+    try:
+        with Path(source[1:]).open("rb") as file:
+            value = file.read(SECRET_BYTES_MAX + 2)
+        text = value.decode("utf-8").removesuffix("\n")
+    except OSError as exc:
+        raise click.BadParameter(f"{source[1:]}: {exc.strerror}", param_hint=hint) from None
+    except UnicodeDecodeError:
+        raise click.BadParameter(f"{source[1:]} is not UTF-8 text", param_hint=hint) from None
+    if len(text.encode()) > SECRET_BYTES_MAX:
+        raise click.BadParameter(f"{source[1:]} is longer than {SECRET_BYTES_MAX} bytes", param_hint=hint)
+    return name, text
+
+
+def _be(client: PlaneClient, execution_id: str, text: LogText, *, quiet: bool) -> Json:
+    """Follow the execution to its end; ^C stops it."""
+    stop = partial(stop_aside, client.url, client.token, execution_id, tell_on_stderr)
+    with stop_at_interrupt(stop, tell_on_stderr):
+        if not quiet:
+            follow_log(client, execution_id, 0, text, write_piece)
+        return wait_for_end(client, execution_id)
+
+
+def _status(ended: Json) -> int:
+    """The exit status, with a word on stderr where it is not the command's own doing."""
+    settlement = ended["settlement"] or {}
+    verdict, cause = settlement.get("verdict"), settlement.get("cause") or {}
+    if verdict in ("exited", "signalled"):
+        return int(ended["exit_status"])
+    why = " ".join(
+        str(part) for part in (ended["reason"] or cause.get("reason"), ended["detail"] or cause.get("detail")) if part
+    )
+    words = str(verdict or ended["state"]).replace("_", " ")
+    complain(f"{ended['id']} {words}{': ' if why else ''}{why}", f"runner-control show {ended['id']}")
+    status = ended["exit_status"]
+    return ExitCode.FAILED if status is None else int(status)
+
+
+@click.command()
+@click.option("--all", "-a", "everything", is_flag=True, help="Also executions that have ended.")
+@click.option("--runner", metavar="RUNNER", help="Only of this runner.")
+@as_json
+@pass_reach
+def ps(reach: Reach, everything: bool, runner: str | None, as_json: bool) -> None:
+    """List executions, newest first: those under way, or the newest 500 of all.
+
+    \b
+    Examples:
+      runner-control ps
+      runner-control ps --all --runner laptop --json
+    """
+    with reach.client() as client:
+        states: tuple[str | None, ...] = (None,) if everything else _LIVING
+        answers = [client.get("/executions", runner=runner, state=state, limit=LIST_MAX) for state in states]
+    found = [one for answer in answers for one in answer["executions"]]
+    found.sort(key=lambda one: (-one["created_ms"], one["id"]))
+    if as_json:
+        print_json({"executions": found})
+    else:
+        print_table(("ID", "RUNNER", "STATE", "STATUS", "CREATED", "LOG", "COMMAND"), list(map(_row, found)))
+
+
+def _row(one: Json) -> tuple[str, ...]:
+    status = "-" if one["exit_status"] is None else str(one["exit_status"])
+    stopping = "stopping" if one["stop_requested"] and one["state"] in _LIVING else one["state"]
+    return (
+        one["id"],
+        one["runner_name"],
+        stopping,
+        one["reason"] or status,
+        moment(one["created_ms"]),
+        str(one["log"]["end"]),
+        command_line(one["argv"]),
+    )
+
+
+@click.command()
+@click.argument("execution_id", metavar="ID")
+@click.option("--follow", "-f", is_flag=True, help="Go on until the log is complete.")
+@click.option(
+    "--offset", type=SIZE, default=0, metavar="BYTES", help="Begin at this offset of the log, where a record begins."
+)
+@click.option("--raw", is_flag=True, help="Send control characters to the terminal as they are.")
+@pass_reach
+def logs(reach: Reach, execution_id: str, follow: bool, offset: int, raw: bool) -> None:
+    """Print what an execution wrote, as the control plane has it: stdout to stdout, stderr to stderr, byte for byte.
+
+    What is lost is named on stderr: [gap: N bytes missing]. At a terminal control characters are shown escaped,
+    unless --raw.
+
+    \b
+    Examples:
+      runner-control logs ex_1
+      runner-control logs -f ex_1
+      runner-control logs ex_1 > out 2> err
+    """
+    with reach.client() as client:
+        show = follow_log if follow else print_log
+        show(client, path_id(execution_id), offset, log_text(raw=raw), write_piece)
+
+
+@click.command()
+@click.argument("execution_id", metavar="ID")
+@click.option(
+    "--grace", type=DURATION, metavar="DURATION", help="Between TERM and KILL [default: the execution's own]."
+)
+@as_json
+@pass_reach
+def stop(reach: Reach, execution_id: str, grace: int | None, as_json: bool) -> None:
+    """Order an execution to stop; one that has ended stays as it is.
+
+    \b
+    Example:
+      runner-control stop ex_1 --grace 2s
+    """
+    with reach.client() as client:
+        said = client.post(f"/executions/{path_id(execution_id)}/stop", without_none({"grace_ms": grace}))
+    if as_json:
+        print_json(said)
+    else:
+        click.echo(f"{said['id']} is {'stopping' if said['state'] in _LIVING else said['state']}")
+
+
+VERBS: Final[tuple[click.Command, ...]] = (execute, ps, logs, stop)

@@ -1,0 +1,139 @@
+"""Attempts as their directories tell of them, read by a person's tools whether the daemon is up or not (docs/shim.md §1).
+
+What is read are claims of other processes: checked for form, shown, and never acted upon.
+"""
+
+import fcntl
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from protocol.errors import Reason
+from runner.errors import Refused
+
+ATTEMPTS_DIR: Final = "x"
+FORMAT: Final = 1
+SPEC_BYTES_MAX: Final = 256 * 1024
+FILE_BYTES_MAX: Final = 64 * 1024
+"""Both are bounds of the file format (docs/shim.md §1): a longer file is none of ours."""
+_NAME: Final = re.compile(r"(?P<execution>[A-Za-z0-9_-]{1,64})\.(?P<token>[1-9][0-9]{0,15})")
+_GIT_PREFIX: Final = "g-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptFiles:
+    """One attempt directory at one moment."""
+
+    directory: Path
+    alive: bool
+    """Its lock is held: the shim lives."""
+    phase: str
+    """`none`, `ready`, `released` or `running`."""
+    exit: dict[str, Any] | None
+    argv: tuple[str, ...]
+    cwd: str
+    cookie: str
+    boot_id: str
+    """The boot its shim, or else the daemon that wrote its spec, lived in."""
+    child_pid: int | None
+    started_ms: int | None
+
+    @property
+    def name(self) -> str:
+        """The attempt's name."""
+        return self.directory.name
+
+    @property
+    def state(self) -> str:
+        """`ended`, `running`, `waiting` (behind its start barrier), or `lost`: no shim and no word on how it ended."""
+        if self.exit is not None:
+            return "ended"
+        if not self.alive:
+            return "lost" if self.phase != "none" else "waiting"
+        return "running" if self.phase == "running" else "waiting"
+
+
+def attempt_directories(state_dir: Path, *, tools: bool = False) -> list[Path]:
+    """Directories of attempts, by name; with `tools` also those of git verbs."""
+    try:
+        names = os.listdir(state_dir / ATTEMPTS_DIR)
+    except FileNotFoundError:
+        return []
+    wanted = (name for name in names if _NAME.fullmatch(name) and (tools or not name.startswith(_GIT_PREFIX)))
+    return [state_dir / ATTEMPTS_DIR / name for name in sorted(wanted)]
+
+
+def read_attempt(directory: Path) -> AttemptFiles:
+    """Read one attempt directory; whether it lives is asked first, so that an end seen with a dead shim is the end."""
+    alive = is_alive(directory)
+    ended = _object(directory / "exit.json", FILE_BYTES_MAX)
+    meta = _object(directory / "meta.json", FILE_BYTES_MAX) or {}
+    spec = _object(directory / "spec.json", SPEC_BYTES_MAX) or {}
+    argv, child, started_ns = spec.get("argv"), meta.get("child"), meta.get("started_ns")
+    return AttemptFiles(
+        directory=directory,
+        alive=alive,
+        phase=_text(meta.get("phase")) or "none",
+        exit=ended,
+        argv=tuple(_text(item) for item in argv) if isinstance(argv, list) else (),
+        cwd=_text(spec.get("cwd")),
+        cookie=_text(spec.get("cookie")),
+        boot_id=_text(meta.get("boot_id")) or _text(spec.get("boot_id")),
+        child_pid=_count(child.get("pid")) if isinstance(child, dict) else None,
+        started_ms=started_ns // 1_000_000 if isinstance(started_ns, int) else None,
+    )
+
+
+def is_alive(directory: Path) -> bool:
+    """Whether a shim holds the lock of this directory; the probe holds it for a moment, for which a shim waits."""
+    return is_locked(directory / "lock")
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process holds this lock file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def find_attempt(state_dir: Path, wanted: str) -> Path:
+    """The directory of an attempt by its name, or of the newest attempt of an execution. Raises Refused(UNKNOWN_TARGET)."""
+    known = attempt_directories(state_dir, tools=True)
+    exact = [directory for directory in known if directory.name == wanted]
+    tries = [directory for directory in known if directory.name.rpartition(".")[0] == wanted]
+    if not exact and not tries:
+        raise Refused(Reason.UNKNOWN_TARGET, "no such execution or attempt on this machine")
+    return (exact or sorted(tries, key=lambda directory: int(directory.suffix[1:])))[-1]
+
+
+def _object(path: Path, size_max: int) -> dict[str, Any] | None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    with open(fd, "rb") as file:
+        data = file.read(size_max + 1)
+    try:
+        found = json.loads(data) if len(data) <= size_max else None
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and found.get("v") == FORMAT else None
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and value > 0 else None

@@ -1,0 +1,98 @@
+"""An attempt's log for a person at a terminal, straight from its files: with or without a daemon, across rolls and restarts.
+
+Theory of operation. Whether the attempt can still write is asked *before* its log is read to the end; if it could not, then what
+was read is all there is. The files are looked at every POLL_S while there is nothing new.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from protocol.limits import DATA_SLICE_BYTES_MAX
+from protocol.records import Record, records
+from runner.adapters.attemptfiles import read_attempt
+from runner.adapters.spool import SEGMENT_SUFFIX, Hole, SpoolReader
+
+POLL_S: Final = 0.05
+"""Between two looks at a silent log: inotify is not in the standard library, a person sees no delay below 100 ms, and
+twenty `stat`s a second cost nothing."""
+START_WAIT_S: Final = 40.0
+"""An attempt without a shim is waited for this long: a shim that waits behind its barrier gives up after 30 s."""
+READ_BYTES: Final = 4 * DATA_SLICE_BYTES_MAX
+"""One read: several whole records, also the largest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """`[start, end)` of the log does not exist any more."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The log is complete. `exit` is how the attempt ended, or None where nobody could write that down."""
+
+    exit: dict[str, Any] | None
+
+
+Seen = Record | Missing | Ended
+
+
+def view_log(
+    directory: Path, offset: int = 0, *, follow: bool, rest: Callable[[float], None] = time.sleep
+) -> Iterator[Seen]:
+    """Records from the first one at or behind `offset`; with `follow` until the attempt has ended.
+
+    `Ended` comes last, where the attempt has ended. `rest` is called while there is nothing new.
+
+    Raises:
+        RemoteError: BAD_FRAME when the log is damaged.
+        OSError: the disk failed.
+    """
+    reader = SpoolReader(directory / "log")
+    at = _boundary(directory / "log", offset)
+    waited = 0.0
+    try:
+        while True:
+            files = read_attempt(directory)
+            for seen in _drain(reader, at):
+                at, waited = seen.end, 0.0
+                if seen.end > offset:
+                    yield seen
+            if files.exit is not None or files.state == "lost":
+                yield Ended(files.exit)
+                return
+            if not follow:
+                return
+            if files.alive:
+                waited = 0.0
+            elif (waited := waited + POLL_S) > START_WAIT_S:
+                yield Ended(None)
+                return
+            rest(POLL_S)
+    finally:
+        reader.close()
+
+
+def _drain(reader: SpoolReader, at: int) -> Iterator[Record | Missing]:
+    while (found := reader.read(at, READ_BYTES)) is not None:
+        if isinstance(found, Hole):
+            yield Missing(found.start, found.end)
+        else:
+            yield from records(found.data, found.offset)
+        at = found.end
+
+
+def _boundary(log_dir: Path, offset: int) -> int:
+    """Where to begin so that records are met whole: the start of the segment that holds `offset`."""
+    try:
+        names = [name for name in os.listdir(log_dir) if name.endswith(SEGMENT_SUFFIX)]
+    except FileNotFoundError:
+        return 0
+    bases = [int(name.removesuffix(SEGMENT_SUFFIX), 16) for name in names]
+    return max((base for base in bases if base <= offset), default=0)

@@ -1,0 +1,134 @@
+"""One connection to one shim: frames out, frames in, in the event loop (docs/shim.md §4). It decides nothing."""
+
+import asyncio
+import base64
+import json
+import struct
+from collections.abc import Mapping
+from typing import Any, Final, Protocol
+
+from runner.core.plans import LeaseAction, ProcessIdentity
+from runner.shim import wire
+
+_ACTIONS: Final = {LeaseAction.CONTINUE: 0, LeaseAction.FREEZE: 1, LeaseAction.STOP: 2}
+_HELLO: Final = struct.Struct("<HHQ")
+_LEASE: Final = struct.Struct("<QQB")
+_STOP: Final = struct.Struct("<I")
+_OFFSET: Final = struct.Struct("<Q")
+_WELCOME: Final = struct.Struct("<HBQQQIQ")
+_STARTED: Final = struct.Struct("<IQQ")
+
+
+class ShimListener(Protocol):
+    """Who hears what a shim says; called from the event loop, and must not block."""
+
+    def shim_welcomed(self, link: "ShimLink", shim_pid: int, shim_start: int) -> None:
+        """The shim is there."""
+
+    def shim_exited(self, link: "ShimLink", found: dict[str, Any]) -> None:
+        """The attempt has ended; the object is a claim and not judged yet."""
+
+    def shim_rang(self, link: "ShimLink", end: int) -> None:
+        """The log has grown to `end`."""
+
+    def shim_gone(self, link: "ShimLink") -> None:
+        """The connection is closed."""
+
+
+class ShimLink(asyncio.Protocol):
+    """A connection to the shim of `attempt`."""
+
+    def __init__(self, attempt: str, listener: ShimListener) -> None:
+        self.attempt: Final = attempt
+        self.child: tuple[int, int] | None = None
+        """Pid and start time of the child, once it runs."""
+        self.started_ms: int | None = None
+        self.exited = False
+        self._listener = listener
+        self._inbox = bytearray()
+        self._transport: asyncio.Transport | None = None
+
+    # --- what we say --------------------------------------------------------------------------------------------
+
+    def hello(self, epoch: int) -> None:
+        """Introduce this daemon on the shim's listening socket; the newest one wins."""
+        self._send(wire.pack(wire.HELLO, _HELLO.pack(wire.PROTO, wire.PROTO, epoch)))
+
+    def release(self, secrets: Mapping[str, bytes]) -> None:
+        """Open the start barrier, with the secrets."""
+        body = {name: base64.b64encode(value).decode("ascii") for name, value in secrets.items()}
+        self._send(wire.pack(wire.RELEASE, json.dumps(body).encode("utf-8")))
+
+    def lease(self, token: int, deadline_ms: int, action: LeaseAction) -> None:
+        """Push a deadline (BOOTTIME)."""
+        self._send(wire.pack(wire.LEASE, _LEASE.pack(token, max(deadline_ms, 0), _ACTIONS[action])))
+
+    def stop(self, grace_ms: int | None, by: str) -> None:
+        """Begin the ladder."""
+        grace = wire.GRACE_OF_SPEC if grace_ms is None else grace_ms
+        self._send(wire.pack(wire.STOP, _STOP.pack(grace) + by.encode("utf-8")[: wire.WHO_BYTES_MAX]))
+
+    def collected(self) -> None:
+        """The end is settled: the shim may go."""
+        self._send(wire.pack(wire.COLLECTED))
+
+    def arm(self, seen_end: int) -> None:
+        """Ask to be told once when the log is longer than `seen_end`."""
+        self._send(wire.pack(wire.ARM, _OFFSET.pack(seen_end)))
+
+    def trim(self, offset: int) -> None:
+        """Everything below `offset` is safe at the control plane."""
+        self._send(wire.pack(wire.TRIM, _OFFSET.pack(offset)))
+
+    def close(self) -> None:
+        """Close the connection; before the release this is the word that nothing will ever run."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _send(self, frame: bytes) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(frame)
+
+    # --- what we hear -------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio's word that the socket is ours."""
+        assert isinstance(transport, asyncio.Transport), "a stream socket has a stream transport"
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Take whole frames; a shim that talks nonsense is treated as gone."""
+        self._inbox += data
+        try:
+            while (frame := wire.take(self._inbox)) is not None:
+                self._heard(*frame)
+        except (wire.WireError, struct.error, ValueError):
+            self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The other end is closed, or we closed it."""
+        self._transport = None
+        self._listener.shim_gone(self)
+
+    def _heard(self, kind: int, body: bytes) -> None:
+        if kind == wire.WELCOME:
+            _proto, _phase, _first, _end, _token, pid, start = _WELCOME.unpack_from(body)
+            self._listener.shim_welcomed(self, pid, start)
+        elif kind == wire.STARTED:
+            pid, start, started_ns = _STARTED.unpack_from(body)
+            self.child = (pid, start)
+            self.started_ms = started_ns // 1_000_000
+        elif kind == wire.EXIT:
+            found = json.loads(body)
+            if not isinstance(found, dict):
+                raise ValueError("not an object")
+            self.exited = True
+            self._listener.shim_exited(self, found)
+        elif kind == wire.BELL:
+            self._listener.shim_rang(self, wire.unpack_offset(body))
+        # Whatever a later shim says beside these is not for this version.
+
+
+def identity(boot_id: str, pid: int, start: int) -> ProcessIdentity:
+    """A process as we remember it."""
+    return ProcessIdentity(boot_id=boot_id, pid=pid, start=start)

@@ -1,0 +1,147 @@
+"""Verdicts on a command whose number is consumed: what it asks for × the owner's policy × what this machine holds.
+
+Nothing here touches the disk: what only the disk knows (does the directory exist, where does a link lead) is judged by the adapter
+that is about to use it, and refused with the same reasons.
+"""
+
+import posixpath
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from protocol.commands import (
+    STREAM_OF,
+    Args,
+    Command,
+    ExecutionStart,
+    PathCwd,
+    Stream,
+    WorktreeCreate,
+    WorktreeCwd,
+    WorktreeRemove,
+)
+from protocol.errors import Reason
+from protocol.ids import CommandId, WorktreeId
+from protocol.keyset import Keyset
+from protocol.limits import GRACE_MS
+from protocol.replay import freshness
+from runner.core.environment import refuse_env, refuse_names
+from runner.core.plans import AttemptPlan, RemovalPlan, WorktreePlan
+from runner.core.policy import Policy
+
+PENDING_MAX: Final = 1024
+"""Commands whose effect is queued or under way: beyond it the control plane is told CAPACITY instead of filling memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A no with its reason; `detail` is for a person."""
+
+    reason: Reason
+    detail: str = ""
+
+
+def refuse_header(header: Command, keyset: Keyset, policy: Policy, plane_ms: int) -> Refusal | None:
+    """Judge everything of a header that needs no arguments."""
+    stale = freshness(header, plane_ms)
+    if stale is not None:
+        return Refusal(stale)
+    if header.stream is Stream.SAFETY:
+        # Whatever is wrong with keys' age or policy, a stop is a stop.
+        return None
+    if plane_ms > keyset.exp:
+        return Refusal(Reason.KEYSET_TOO_OLD, "the keyset has expired")
+    if STREAM_OF.get(header.kind) is not Stream.CTL:
+        # No policy can admit it: `parse_args` says whether it is unknown or on the wrong stream.
+        return None
+    if header.kind not in policy.kinds:
+        return Refusal(Reason.POLICY_DENIED, "the owner's policy does not admit this kind")
+    if header.need is not None:
+        return Refusal(Reason.APPROVAL_MISSING, "it wants approvals, and none is given")
+    return None
+
+
+def refuse_args(header: Command, args: Args, policy: Policy, living: int) -> Refusal | None:
+    """Judge the arguments of a command that the policy admits by its kind."""
+    match args:
+        case ExecutionStart():
+            return _refuse_start(header, args, policy, living)
+        case WorktreeCreate():
+            if header.pre is not None:
+                return Refusal(Reason.PRECONDITION_FAILED, "a worktree that is not there has no head")
+            return None if inside(args.repo, policy.roots) else Refusal(Reason.REPO_OUTSIDE_ROOTS)
+        case _:
+            return None
+
+
+def _refuse_start(header: Command, start: ExecutionStart, policy: Policy, living: int) -> Refusal | None:
+    if living >= policy.concurrent_max:
+        return Refusal(Reason.CAPACITY, f"{policy.concurrent_max} attempts are the owner's limit")
+    names = [secret.name for secret in start.secrets]
+    denied = refuse_env(start.env, policy) or refuse_names(names, policy)
+    if denied is not None:
+        return Refusal(*denied)
+    if isinstance(start.cwd, PathCwd):
+        if not inside(start.cwd.path, policy.roots):
+            return Refusal(Reason.CWD_OUTSIDE_ROOTS)
+        if header.pre is not None:
+            return Refusal(Reason.PRECONDITION_FAILED, "only a managed worktree has a head to compare")
+    lease = header.lease
+    if lease is not None and lease.res != lease_resource(start.execution_id):
+        return Refusal(Reason.BAD_ARGS, "the lease is for another resource")
+    if lease is not None and lease.token < start.start_token:
+        return Refusal(Reason.FENCED, "the lease's token is below the attempt's")
+    return None
+
+
+def inside(path: str, roots: tuple[str, ...]) -> bool:
+    """Whether `path`, by its text alone, is one of `roots` or below one."""
+    plain = posixpath.normpath(path)
+    return any(plain == root or plain.startswith(root.rstrip("/") + "/") for root in roots)
+
+
+def lease_resource(execution_id: str) -> str:
+    """The name under which an execution's lease is granted."""
+    return f"exec:{execution_id}"
+
+
+def attempt_plan(header: Command, start: ExecutionStart, policy: Policy, base: Mapping[str, str]) -> AttemptPlan:
+    """What an admitted start will do. `base` is what children inherit of the machine."""
+    managed = start.cwd if isinstance(start.cwd, WorktreeCwd) else None
+    grace_ms = GRACE_MS if start.grace_ms is None else start.grace_ms
+    return AttemptPlan(
+        attempt=start.attempt,
+        cmd_id=CommandId(header.cmd_id),
+        argv=tuple(start.argv),
+        cwd=start.cwd.path if isinstance(start.cwd, PathCwd) else None,
+        worktree_id=WorktreeId(managed.worktree_id) if managed else None,
+        subdir=managed.subdir if managed else None,
+        pre_head=header.pre.head if header.pre else None,
+        env={**base, **start.env},
+        secrets={secret.name: secret.sealed for secret in start.secrets},
+        timeout_ms=start.timeout_ms,
+        grace_ms=min(grace_ms, policy.grace_ms_max),
+        roots=policy.roots,
+    )
+
+
+def worktree_plan(header: Command, create: WorktreeCreate, policy: Policy) -> WorktreePlan:
+    """What an admitted worktree.create will do."""
+    return WorktreePlan(
+        worktree_id=WorktreeId(create.worktree_id),
+        cmd_id=CommandId(header.cmd_id),
+        repo=create.repo,
+        base=create.base,
+        branch=create.branch,
+        roots=policy.roots,
+    )
+
+
+def removal_plan(header: Command, remove: WorktreeRemove) -> RemovalPlan:
+    """What an admitted worktree.remove will do."""
+    return RemovalPlan(
+        worktree_id=WorktreeId(remove.worktree_id),
+        cmd_id=CommandId(header.cmd_id),
+        force=remove.force,
+        pre_head=header.pre.head if header.pre else None,
+    )

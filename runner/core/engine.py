@@ -1,0 +1,407 @@
+"""The judgement of the runner: one input in, effects out.
+
+Theory of operation. Every input is stepped to the end before the next one is looked at. What must be remembered is in Persist
+effects, which the pump makes durable before it performs anything else of the same turn: journal before effect. Effects that take
+time (a shim, git) come back as inputs. Bytes of logs never pass through here.
+
+Rule 1: everything past `open_envelope` takes Verified. Rule 2: a command whose number was consumed gets exactly one receipt, from
+`_receipt`. Rule 3: an attempt that was accepted gets exactly one settlement, from `Attempts`. Rule 4: no clock, no I/O, no logging.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, assert_never
+
+from protocol.commands import (
+    Args,
+    ArgsRefused,
+    Audience,
+    Command,
+    ExecutionStart,
+    ExecutionStop,
+    LeaseRelease,
+    Stream,
+    WorktreeCreate,
+    WorktreeRemove,
+    parse_args,
+)
+from protocol.envelope import PayloadType, Verified, digest_of, open_envelope
+from protocol.errors import EnvelopeError, Reason
+from protocol.handshake import Established
+from protocol.identity import Certificate
+from protocol.ids import CommandId, Digest
+from protocol.keys import PrivateKey
+from protocol.keyset import Keyset, Role
+from protocol.messages import Need, Refused
+from protocol.receipt import Outcome
+from protocol.replay import Advance, Duplicate, Gap, Mark, NotConsumed, judge
+from protocol.session import BeatAnswered, ItemsAnswered
+from protocol.wire import JsonObject
+from runner.core.admission import PENDING_MAX, Refusal, refuse_args, refuse_header
+from runner.core.attempts import Attempts
+from runner.core.claims import Claims
+from runner.core.effects import Effect, KeepIdentity, Note, Offer, Persist, ReportAgain, Say, SendBeat
+from runner.core.inputs import (
+    AttemptExited,
+    AttemptLost,
+    AttemptNotPrepared,
+    AttemptPrepared,
+    EnvelopeReceived,
+    Input,
+    Now,
+    OwnerStop,
+    PolicyChanged,
+    SessionDown,
+    SessionUp,
+    Tick,
+    WorktreeCreated,
+    WorktreeFailed,
+    WorktreeRemoved,
+)
+from runner.core.journaling import Image, PutAnswered, PutCommand, PutMark, PutReceipt
+from runner.core.leases import Leases
+from runner.core.ledger import COMMANDS_REMEMBERED_MAX, Ledger
+from runner.core.plans import CommandRow, Observed
+from runner.core.policy import Policy
+from runner.core.statements import Statements
+from runner.core.takeback import take_back
+from runner.core.trees import Trees
+
+NEED_AGAIN_MS: Final = 1000
+"""A gap is asked for once a second at most: every command behind it would ask again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineIdentity:
+    """Who this runner is."""
+
+    key: PrivateKey
+    certificate: Certificate
+    keyset: Verified[Keyset]
+    boot_id: str
+
+
+class Engine:
+    """The runner's state and its one door, `step`."""
+
+    def __init__(self, identity: EngineIdentity, policy: Policy, base_env: Mapping[str, str], image: Image) -> None:
+        certificate = identity.certificate
+        self.certificate: Certificate = certificate
+        self.me: Audience = Audience(org=certificate.org, runner=certificate.runner, inc=certificate.inc)
+        self.keyset: Verified[Keyset] = identity.keyset
+        self.policy: Policy = policy
+        self.ledger: Final = Ledger(
+            ctl=image.marks.get(certificate.inc, Mark()),
+            commands={row.digest: row for row in image.commands},
+            tombstones=dict(image.tombstones),
+        )
+        for row in image.commands:
+            self.ledger.first.setdefault(row.cmd_id, row.digest)
+        self.statements: Final = Statements(
+            org=certificate.org,
+            runner=certificate.runner,
+            inc=certificate.inc,
+            key=identity.key,
+            boot_id=identity.boot_id,
+            out_head=image.out_head,
+        )
+        self.claims: Final[Claims[Digest]] = Claims()
+        self.attempts: Final = Attempts(self, image.attempts)
+        self.leases: Final = Leases(self)
+        self.trees: Final = Trees(self, image.worktrees)
+        self.base_env: Final = base_env
+        self.session_up: bool = False
+        self.plane_offset_ms: int | None = None
+        """Control plane's wall clock minus our BOOTTIME, from the last welcome or beat."""
+        self.beat_ms: int = 0
+        self.next_beat_ms: int = 0
+        self._answered: list[int] = []
+        self._needed: tuple[int, int] = (0, -NEED_AGAIN_MS)
+        self._waiting: dict[Digest, tuple[Verified[Command], Args]] = {}
+        self._keys = identity.keyset.value.keys_for(Role.COMMAND, Role.SAFETY)
+
+    # --- the door -----------------------------------------------------------------------------------------------
+
+    def step(self, happened: Input, now: Now) -> list[Effect]:
+        """Everything that follows from `happened` at `now`, in order."""
+        match happened:
+            case EnvelopeReceived(env):
+                return self._received(env, now)
+            case SessionUp(established):
+                return self._session_up(established, now)
+            case SessionDown():
+                self.session_up = False
+                return [*self._answers(now)]
+            case BeatAnswered():
+                self.beat_ms = happened.beat_ms
+                self.plane_offset_ms = happened.now_ms - now.boot_ms
+                return self.leases.beat_answered(happened, now)
+            case ItemsAnswered(answers):
+                self._answered.extend(answer.out_seq for answer in answers)
+                return [
+                    Note("report.refused", {"out_seq": answer.out_seq, "reason": answer.reason})
+                    for answer in answers
+                    if not answer.stored
+                ]
+            case AttemptPrepared():
+                return self.attempts.prepared(happened, now)
+            case AttemptNotPrepared():
+                return self.attempts.not_prepared(happened, now)
+            case AttemptExited():
+                return self.attempts.exited(happened, now)
+            case AttemptLost():
+                return self.attempts.lost(happened, now)
+            case WorktreeCreated():
+                return self.trees.created(happened, now)
+            case WorktreeRemoved():
+                return self.trees.removed(happened, now)
+            case WorktreeFailed():
+                return self.trees.failed(happened, now)
+            case OwnerStop():
+                return self.attempts.owner_stop(happened, now)
+            case PolicyChanged(policy):
+                self.policy = policy
+                return [Note("policy.loaded", {"policy_digest": policy.digest})]
+            case Tick():
+                return self._tick(now)
+            case _:
+                assert_never(happened)
+
+    def recover(self, found: Sequence[Observed], now: Now) -> list[Effect]:
+        """What a daemon that starts does: each attempt by the table, then every command whose effect is still owed."""
+        effects = [*take_back(self, found, now), *self.leases.tick(now)]
+        for digest in [row.digest for row in self.ledger.commands.values() if row.receipt_seq is None]:
+            effects += self._resume(digest, now)
+        return effects
+
+    @property
+    def wake_at_ms(self) -> int | None:
+        """When a Tick is due (BOOTTIME), None: never. Nothing but heartbeats wakes an idle runner."""
+        moments = [self.next_beat_ms if self.session_up else None, self.leases.next_deadline_ms()]
+        return min((moment for moment in moments if moment is not None), default=None)
+
+    # --- commands -----------------------------------------------------------------------------------------------
+
+    def _received(self, env: bytes, now: Now) -> list[Effect]:
+        try:
+            command = open_envelope(env, PayloadType.COMMAND, self._keys, Command.parse)
+        except EnvelopeError as exc:
+            return self._unconsumed(digest_of(env), exc.reason, exc.detail, None)
+        judgement = judge(command, self.me, self.keyset.value, self.ledger.seen())
+        match judgement:
+            case NotConsumed(reason):
+                return self._unconsumed(digest_of(env), reason, "", command)
+            case Gap(need):
+                return self._gap(need, now)
+            case Duplicate(digest):
+                receipt = self.ledger.commands[digest].receipt_seq
+                again: list[Effect] = [] if receipt is None else [ReportAgain((receipt,))]
+                return [Note("command.duplicated", {"cmd_id": command.value.cmd_id}), *again]
+            case Advance():
+                return self._consumed(command, judgement, now)
+            case _:
+                assert_never(judgement)
+
+    def _unconsumed(
+        self, digest: Digest, reason: Reason, detail: str, command: Verified[Command] | None
+    ) -> list[Effect]:
+        cmd_id = None if command is None else command.value.cmd_id
+        event = "alarm.raised" if reason is Reason.CHAIN_FORK else "command.refused"
+        return [
+            Note(event, {"reason": reason, "envelope": digest, "cmd_id": cmd_id}),
+            Say(Refused(digest=digest, reason=reason, detail=detail, cmd_id=cmd_id)),
+        ]
+
+    def _gap(self, need: int, now: Now) -> list[Effect]:
+        asked, at_ms = self._needed
+        if asked == need and now.boot_ms - at_ms < NEED_AGAIN_MS:
+            return []
+        self._needed = (need, now.boot_ms)
+        return [Note("stream.gap_found", {"seq": need}), Say(Need(seq=need))]
+
+    def _consumed(self, command: Verified[Command], advance: Advance, now: Now) -> list[Effect]:
+        header = command.value
+        row = CommandRow(
+            digest=command.digest,
+            cmd_id=CommandId(header.cmd_id),
+            kind=header.kind,
+            seq=header.seq,
+            envelope=command.envelope,
+            policy_digest=self.policy.digest,
+            receipt_seq=None,
+        )
+        self.ledger.add(row, advance.ctl)
+        if len(self.ledger.commands) > COMMANDS_REMEMBERED_MAX:
+            self.ledger.forget({attempt.digest for attempt in self.attempts.living_rows()})
+        mark = (PutMark(self.me.inc, advance.ctl),) if header.stream is Stream.CTL else ()
+        effects: list[Effect] = [Persist((*mark, PutCommand(row, now.wall_ms)))]
+        if advance.refuse is not None:
+            return effects + self.refuse(
+                row.digest, Refusal(advance.refuse, "the id came with other bytes before"), now
+            )
+        return effects + self._judge(command, now)
+
+    def _judge(self, command: Verified[Command], now: Now) -> list[Effect]:
+        """Every verdict that has a receipt; then the effect, or its place in the queue."""
+        header = command.value
+        refusal = refuse_header(header, self.keyset.value, self.policy, self.plane_ms(now)) or self._cancelled(header)
+        if refusal is None:
+            try:
+                args = parse_args(header)
+            except ArgsRefused as exc:
+                return self.refuse(command.digest, Refusal(exc.reason, exc.detail), now)
+            refusal = refuse_args(header, args, self.policy, self._living_beside(args)) or self._busy(args)
+        if refusal is not None:
+            return self.refuse(command.digest, refusal, now)
+        match args:
+            case ExecutionStop():
+                return self.attempts.stop(command, args, now)
+            case LeaseRelease():
+                return self.leases.release(command, args, now)
+            case ExecutionStart() | WorktreeCreate() | WorktreeRemove():
+                return self._enqueue(command, args, now)
+            case _:
+                assert_never(args)
+
+    def _cancelled(self, header: Command) -> Refusal | None:
+        buried = self.ledger.tombstones.get(header.cmd_id)
+        return None if buried is None else Refusal(Reason.CANCELLED_BEFORE_START, "it was stopped before it came")
+
+    def _living_beside(self, args: Args) -> int:
+        return self.attempts.living_beside(args.execution_id) if isinstance(args, ExecutionStart) else 0
+
+    def _busy(self, args: Args) -> Refusal | None:
+        """A removal does not wait for attempts: they may live for days, and the repository would wait with it."""
+        if isinstance(args, WorktreeRemove) and self.attempts.uses(args.worktree_id):
+            return Refusal(Reason.WORKTREE_BUSY, "an attempt lives in it")
+        return None
+
+    def _enqueue(
+        self, command: Verified[Command], args: ExecutionStart | WorktreeCreate | WorktreeRemove, now: Now
+    ) -> list[Effect]:
+        if len(self._waiting) >= PENDING_MAX:
+            return self.refuse(command.digest, Refusal(Reason.CAPACITY, "too many commands are pending"), now)
+        effects: list[Effect] = []
+        if isinstance(args, ExecutionStart):
+            admitted = self.attempts.admit(command, args, now)
+            if isinstance(admitted, Refusal):
+                return self.refuse(command.digest, admitted, now)
+            effects += admitted
+            resources = self.attempts.resources(args)
+        else:
+            resources = self.trees.resources(args)
+        self._waiting[command.digest] = (command, args)
+        if self.claims.want(command.digest, resources):
+            effects += self._begin(command.digest, now)
+        return effects
+
+    def _begin(self, digest: Digest, now: Now) -> list[Effect]:
+        """The claims are granted: judge what may have changed while it waited, and do it."""
+        command, args = self._waiting.pop(digest)
+        if isinstance(args, ExecutionStart):
+            return self.attempts.begin(command, args, now)
+        assert isinstance(args, WorktreeCreate | WorktreeRemove), "nothing else waits"
+        return self.trees.begin(command, args, now)
+
+    def reopen(self, digest: Digest) -> tuple[Verified[Command], Args] | Refusal:
+        """A command of an earlier daemon, from the journal: with the keys of today, or why not."""
+        try:
+            row = self.ledger.commands[digest]
+            command = open_envelope(row.envelope, PayloadType.COMMAND, self._keys, Command.parse)
+            return command, parse_args(command.value)
+        except (EnvelopeError, ArgsRefused) as exc:
+            return Refusal(exc.reason, "it does not open any more")
+
+    def _resume(self, digest: Digest, now: Now) -> list[Effect]:
+        """A command that an earlier daemon consumed and did not receipt.
+
+        A start is judged again, as it is about to begin. What may have been half done (worktrees) is carried to its end.
+        """
+        reopened = self.reopen(digest)
+        if isinstance(reopened, Refusal):
+            return [*self.attempts.forget_intent(digest, now), *self.refuse(digest, reopened, now)]
+        command, args = reopened
+        if isinstance(args, WorktreeCreate | WorktreeRemove):
+            return self._enqueue(command, args, now)
+        effects = self._judge(command, now)
+        refused = self.ledger.commands[digest].receipt_seq is not None
+        return effects + (self.attempts.forget_intent(digest, now) if refused else [])
+
+    # --- answers ------------------------------------------------------------------------------------------------
+
+    def refuse(self, digest: Digest, refusal: Refusal, now: Now) -> list[Effect]:
+        """The receipt of a command that has no effect."""
+        return self.receipt(digest, Outcome.REFUSED, now, reason=refusal.reason, detail=refusal.detail)
+
+    def receipt(
+        self,
+        digest: Digest,
+        outcome: Outcome,
+        now: Now,
+        *,
+        reason: Reason | None = None,
+        detail: str = "",
+        result: JsonObject | None = None,
+    ) -> list[Effect]:
+        """The one receipt of a command, durable before it is offered."""
+        row = self.ledger.commands[digest]
+        item = self.statements.receipt(
+            row,
+            outcome,
+            keyset_version=self.keyset.value.version,
+            at_ms=now.wall_ms,
+            reason=reason,
+            detail=detail,
+            result=result,
+        )
+        self.ledger.receipted(digest, item.out_seq)
+        event = "command.accepted" if outcome in (Outcome.ACCEPTED, Outcome.DONE) else "command.refused"
+        return [
+            Persist((PutReceipt(digest, item, now.wall_ms),)),
+            Offer((item,)),
+            Note(event, {"cmd_id": row.cmd_id, "kind": row.kind, "seq": row.seq, "reason": reason}),
+        ]
+
+    def free(self, digest: Digest, now: Now) -> list[Effect]:
+        """The effect of a command is over: whoever waited for its resources begins."""
+        # What recovery took back holds claims without a pending command.
+        woken = [other for other in self.claims.drop(digest) if other in self._waiting]
+        return [effect for other in woken for effect in self._begin(other, now)]
+
+    def _answers(self, now: Now) -> list[Effect]:
+        """Remember answered items; not urgent, so it rides on a turn that commits anyway, or on a beat."""
+        answered, self._answered = tuple(self._answered), []
+        return [Persist((PutAnswered(answered, now.wall_ms),))] if answered else []
+
+    # --- session and time ---------------------------------------------------------------------------------------
+
+    def plane_ms(self, now: Now) -> int:
+        """The control plane's clock; our own wall clock before the first welcome of this daemon."""
+        return now.wall_ms if self.plane_offset_ms is None else now.boot_ms + self.plane_offset_ms
+
+    def _session_up(self, established: Established, now: Now) -> list[Effect]:
+        effects: list[Effect] = []
+        self.session_up = True
+        self.plane_offset_ms = established.now_ms - now.boot_ms
+        self.beat_ms = established.beat_ms
+        if established.keyset.value.version > self.keyset.value.version or established.certificate is not None:
+            self.keyset = established.keyset
+            self._keys = self.keyset.value.keys_for(Role.COMMAND, Role.SAFETY)
+            effects.append(KeepIdentity(established.keyset, established.certificate))
+            effects.append(Note("keyset.updated", {"version": self.keyset.value.version}))
+        if established.certificate is not None:
+            self.certificate = established.certificate.value
+            inc = self.certificate.inc
+            self.me = self.me.model_copy(update={"inc": inc})
+            self.statements.inc = inc
+            self.ledger.ctl = established.ctl
+            effects.append(Note("incarnation.raised", {"inc": inc}))
+        return [*effects, *self._beat(now)]
+
+    def _tick(self, now: Now) -> list[Effect]:
+        due = self.session_up and now.boot_ms >= self.next_beat_ms
+        return [*self._answers(now), *self.leases.tick(now), *(self._beat(now) if due else [])]
+
+    def _beat(self, now: Now) -> list[Effect]:
+        self.next_beat_ms = now.boot_ms + self.beat_ms
+        return [SendBeat(self.ledger.ctl.hw, self.leases.held(), self.attempts.living_names())]

@@ -1,0 +1,283 @@
+"""
+The log writer: copies the child's pipes into segment files as records, and never stops reading.
+
+Rule 1. `end` counts every record that was made, kept or not: offsets are never reused.
+Rule 2. What cannot be kept is a hole: the segment is sealed at its last whole record, the next starts behind it.
+Rule 3. Stream digests are over what the child wrote, holes included; segment digests over what is on disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import posix as os
+
+from runner.shim import digest, records, system
+
+# ruff: noqa: SIM105 - contextlib is more than a shim may import
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from _hashlib import HASH as Hash
+    from typing import Final
+
+# The disk refused, for now: a hole. Anything else is a mistake of ours and is raised.
+NO_ROOM: Final = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG))
+# A full disk is asked again this often, not once for each record.
+RETRY_MS: Final = 250
+_OPEN: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+class Stream:
+    """
+    Count and digest of one stream's payload.
+    """
+
+    __slots__ = ("bytes", "digest")
+
+    def __init__(self, digest: Hash) -> None:
+        self.bytes = 0
+        self.digest = digest
+
+
+class Log:
+    """
+    The segments of one attempt, written through the descriptor of `log/`.
+    """
+
+    def __init__(self, dirfd: int, attempt: bytes, *, segment_bytes: int, spool_bytes: int, warm: system.Warm) -> None:
+        self.first = 0
+        self.end = 0
+        self.gone = False  # the directory was deleted: nothing can be kept any more
+        self.segments = 0
+        self.chain = records.NO_DIGEST
+        self.streams = {kind: Stream(warm.digest.copy()) for kind in (records.STDOUT, records.STDERR)}
+        self._dirfd = dirfd
+        self._attempt = attempt
+        self._segment_bytes = segment_bytes
+        self._spool_bytes = spool_bytes
+        self._digest = digest.SegmentDigest(warm.digest)
+        self._fd = -1
+        self._base = 0
+        self._size = 0
+        self._head = 0
+        self._sealed: list[tuple[int, int]] = []
+        self._spooled = 0
+        self._trim = 0
+        self._hole = False
+        self._retry_at = 0
+        self._slice(warm.buffer)
+
+    def copy(self, fd: int, kind: int, unix_ns: int, now_ms: int) -> int:
+        """
+        Read once from the pipe `fd` into the log; returns the bytes read, 0 at its end, -1 when it is empty.
+        """
+        try:
+            count = os.readv(fd, self._slots)
+        except BlockingIOError:
+            return -1
+        if count == 0:
+            return 0
+        stream = self.streams[kind]
+        stream.bytes += count
+        sizes: list[int] = []
+        left = count
+        for slot in self._slots:
+            length = min(left, self._payload_max)
+            stream.digest.update(slot if length == self._payload_max else slot[:length])
+            at = len(sizes) * self._stride
+            records.pack_header_into(self._buffer, at, length, kind, unix_ns)
+            sizes.append(records.HEADER_BYTES + length)
+            left -= length
+            if left == 0:
+                break
+        self._keep(self._buffer, sizes, unix_ns, now_ms)
+        return count
+
+    def finish(self, payload: bytes, unix_ns: int) -> None:
+        """
+        Write the exit record, whatever the spool's limit says, and seal the log.
+        """
+        record = records.pack_record(records.EXIT, payload, unix_ns)
+        self._spool_bytes = 1 << 62
+        self._hole = False
+        self._keep(memoryview(record), [len(record)], unix_ns, self._retry_at)
+        self._seal()
+
+    def trim(self, offset: int) -> None:
+        """
+        Allow sealed segments below `offset` to be deleted when room is needed.
+        """
+        self._trim = max(self._trim, offset)
+        if self._hole and self._make_room(self._resume_bytes()):
+            self._retry_at = 0
+
+    def sync(self) -> None:
+        """
+        Make every kept segment durable, as far as the disk can.
+        """
+        for base, _size in self._sealed:
+            try:
+                fd = os.open(records.segment_name(base), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._dirfd)
+            except OSError:
+                continue
+            try:
+                os.fdatasync(fd)
+            except OSError:
+                pass
+            finally:
+                os.close(fd)
+        try:
+            os.fsync(self._dirfd)
+        except OSError:
+            return
+
+    def _slice(self, buffer: bytearray) -> None:
+        # A record must fit in a segment, so small segments make small records.
+        header = len(records.segment_record(0, records.NO_DIGEST, self._attempt, 0))
+        room = self._segment_bytes - header - records.HEADER_BYTES
+        self._payload_max = min(records.PAYLOAD_MAX, room)
+        self._stride = records.HEADER_BYTES + self._payload_max
+        self._buffer = memoryview(buffer)
+        self._slots = [
+            self._buffer[at * self._stride + records.HEADER_BYTES : (at + 1) * self._stride]
+            for at in range(system.GATHER_RECORDS)
+        ]
+
+    def _keep(self, view: memoryview, sizes: list[int], unix_ns: int, now_ms: int) -> None:
+        at = done = 0
+        while done < len(sizes):
+            if self._fd < 0 and not self._open_segment(unix_ns, now_ms):
+                break
+            take, last = self._fitting(sizes, done)
+            if last == done:
+                self._seal()
+                continue
+            if not self._make_room(take):
+                self._begin_hole(0)
+                break
+            written = self._write(view[at : at + take])
+            if written < take:
+                done, at = self._cut(view, sizes, done, at, written)
+                self._begin_hole(now_ms + RETRY_MS)
+                break
+            self._account(view[at : at + take])
+            at += take
+            done = last
+        self.end += sum(sizes[done:])
+
+    def _fitting(self, sizes: list[int], done: int) -> tuple[int, int]:
+        take = 0
+        last = done
+        while last < len(sizes):
+            size = self._size + take + sizes[last]
+            # The first record of a segment always goes in: the exit record may be larger than a small segment.
+            if size > self._segment_bytes and not (last == done and self._size == self._head):
+                break
+            take += sizes[last]
+            last += 1
+        return take, last
+
+    def _write(self, view: memoryview | bytes) -> int:
+        written = 0
+        while written < len(view):
+            try:
+                written += os.write(self._fd, view[written:])
+            except OSError as exc:
+                if exc.errno not in NO_ROOM:
+                    raise
+                break
+        return written
+
+    def _cut(self, view: memoryview, sizes: list[int], done: int, at: int, written: int) -> tuple[int, int]:
+        """
+        Take back the torn record at the end of a short write; the whole ones before it stay.
+        """
+        whole = 0
+        while whole + sizes[done] <= written:
+            whole += sizes[done]
+            done += 1
+        os.ftruncate(self._fd, self._size + whole)
+        if whole:
+            self._account(view[at : at + whole])
+        return done, at + whole
+
+    def _account(self, view: memoryview | bytes) -> None:
+        self._digest.wrote(view)
+        self._size += len(view)
+        self._spooled += len(view)
+        self.end += len(view)
+
+    def _open_segment(self, unix_ns: int, now_ms: int) -> bool:
+        if self.gone or now_ms < self._retry_at or (self._hole and not self._make_room(self._resume_bytes())):
+            return False
+        try:
+            self._fd = os.open(records.segment_name(self.end), _OPEN, 0o600, dir_fd=self._dirfd)
+        except FileNotFoundError:
+            self.gone = True
+            return False
+        except OSError as exc:
+            if exc.errno not in NO_ROOM:
+                raise
+            self._begin_hole(now_ms + RETRY_MS)
+            return False
+        self._base = self.end
+        self._size = self._head = 0
+        self._digest.begin(self._fd)
+        header = records.segment_record(self._base, self.chain, self._attempt, unix_ns)
+        if not self._make_room(len(header)) or self._write(header) < len(header):
+            self._begin_hole(now_ms + RETRY_MS)
+            return False
+        self._account(header)
+        self._head = len(header)
+        self._hole = False
+        return True
+
+    def _begin_hole(self, retry_at: int) -> None:
+        self._hole = True
+        self._retry_at = retry_at
+        if self._fd >= 0 and self._size == self._head:
+            # A segment without a record says nothing: it gives its offsets back.
+            self._digest.finish()
+            os.close(self._fd)
+            self._fd = -1
+            os.unlink(records.segment_name(self._base), dir_fd=self._dirfd)
+            self._spooled -= self._size
+            self.end = self._base
+        else:
+            self._seal()
+        if retry_at:
+            self._drop_trimmed()
+
+    def _seal(self) -> None:
+        if self._fd < 0:
+            return
+        self.chain = self._digest.finish()
+        os.close(self._fd)
+        self._fd = -1
+        self._sealed.append((self._base, self._size))
+        self.segments += 1
+
+    def _resume_bytes(self) -> int:
+        # Not at the first free byte: a log at its limit would become a row of one-record segments.
+        return min(self._segment_bytes, self._spool_bytes // 4)
+
+    def _make_room(self, size: int) -> bool:
+        while self._spooled + size > self._spool_bytes:
+            if not self._drop_oldest():
+                return False
+        return True
+
+    def _drop_trimmed(self) -> None:
+        while self._drop_oldest():
+            pass
+
+    def _drop_oldest(self) -> bool:
+        if not self._sealed or self._sealed[0][0] + self._sealed[0][1] > self._trim:
+            return False
+        base, size = self._sealed.pop(0)
+        try:
+            os.unlink(records.segment_name(base), dir_fd=self._dirfd)
+        except FileNotFoundError:
+            pass  # somebody else made the room
+        self._spooled -= size
+        self.first = self._sealed[0][0] if self._sealed else self._base if self._fd >= 0 else self.end
+        return True

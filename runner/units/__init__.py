@@ -1,0 +1,1 @@
+"""Units for service managers, as package data: `runner service install` fills them in."""

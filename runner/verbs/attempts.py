@@ -1,0 +1,129 @@
+"""`runner ps` and `runner stop`: what runs here, and ending it."""
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from protocol.text import show_age
+from runner.adapters.control_client import ControlUnavailable, call_control
+from runner.render import complain, print_json, print_table, shell_words
+from runner.verbs.options import CALL_TIMEOUT_S, DURATION, ExitCode, as_json, settings_of, socket_of
+
+if TYPE_CHECKING:
+    from runner.adapters.attemptfiles import AttemptFiles
+    from runner.config import Settings
+
+
+@click.command()
+@click.option("--all", "-a", "everything", is_flag=True, help="Also attempts that have ended.")
+@as_json
+@click.pass_context
+def ps(ctx: click.Context, everything: bool, as_json: bool) -> None:
+    """List the attempts on this machine: those that live, or all that are still known.
+
+    Without a daemon the list comes from the attempts' own files, which say less.
+
+    \b
+    Examples:
+      runner ps
+      runner ps --all --json
+    """
+    settings = settings_of(ctx)
+    try:
+        attempts = call_control(socket_of(settings), "ps", {"all": everything}, CALL_TIMEOUT_S)["attempts"]
+    except ControlUnavailable:
+        attempts = _from_files(settings, everything=everything)
+        if not as_json:
+            complain("the daemon is not running; this is what the files say", "runner start")
+    if as_json:
+        print_json({"attempts": attempts})
+    else:
+        from runner.adapters.system import SystemClock
+
+        now_ms = SystemClock().now().wall_ms
+        print_table(
+            ("ATTEMPT", "STATE", "PID", "AGE", "ENDED", "LOG", "COMMAND"), [_row(one, now_ms) for one in attempts]
+        )
+
+
+def _row(attempt: dict[str, Any], now_ms: int) -> tuple[str, ...]:
+    started, ended = attempt.get("started_ms"), attempt.get("ended_ms")
+    verdict, exit_status = attempt.get("verdict"), attempt.get("exit_status")
+    return (
+        str(attempt.get("attempt")),
+        str(attempt.get("state")),
+        str(attempt.get("pid") or "-"),
+        show_age((ended or now_ms) - started) if isinstance(started, int) else "-",
+        "-" if not verdict else f"{verdict} {'' if exit_status is None else exit_status}".rstrip(),
+        str(attempt.get("log_end") or 0),
+        shell_words(attempt.get("argv") or ()),
+    )
+
+
+def _from_files(settings: "Settings", *, everything: bool) -> list[dict[str, Any]]:
+    from runner.adapters.attemptfiles import attempt_directories, read_attempt
+
+    found = [read_attempt(directory) for directory in attempt_directories(settings.state_dir)]
+    return [_told(files) for files in found if everything or files.alive]
+
+
+def _told(files: "AttemptFiles") -> dict[str, Any]:
+    execution_id, _dot, token = files.name.rpartition(".")
+    ended = files.exit or {}
+    log = ended.get("log")
+    ended_ns = ended.get("ended_ns")
+    return {
+        "attempt": files.name,
+        "execution_id": execution_id,
+        "start_token": int(token),
+        "state": files.state,
+        "argv": list(files.argv),
+        "cwd": files.cwd,
+        "pid": files.child_pid,
+        "started_ms": files.started_ms,
+        "ended_ms": ended_ns // 1_000_000 if isinstance(ended_ns, int) else None,
+        "verdict": ended.get("verdict"),
+        "exit_status": shell_status(ended) if ended else None,
+        "log_end": log.get("end") if isinstance(log, dict) else None,
+        "acked": None,
+        "lease": None,
+    }
+
+
+def shell_status(ended: dict[str, Any]) -> int:
+    """An exit record as a shell would say it; 125 is our failure."""
+    from protocol.receipt import INFRA_STATUS
+
+    code, signal = ended.get("code"), ended.get("signal")
+    if ended.get("verdict") == "never_started":
+        return INFRA_STATUS
+    if isinstance(signal, int):
+        return 128 + signal
+    return code if isinstance(code, int) else INFRA_STATUS
+
+
+@click.command()
+@click.argument("execution_id", metavar="EXECUTION")
+@click.option("--grace", type=DURATION, metavar="DURATION", help="Between TERM and KILL [default: the command's own].")
+@as_json
+@click.pass_context
+def stop(ctx: click.Context, execution_id: str, grace: int | None, as_json: bool) -> None:
+    """Stop an execution: TERM to all of its processes, then KILL. The control plane is told that it was stopped here.
+
+    \b
+    Examples:
+      runner stop ex_01jx
+      runner stop ex_01jx --grace 500ms
+    """
+    args = {"execution_id": execution_id, "grace_ms": grace}
+    try:
+        said = call_control(socket_of(settings_of(ctx)), "stop", args, CALL_TIMEOUT_S)
+    except ControlUnavailable as exc:
+        complain(f"{exc.detail}; only the daemon can stop an execution", "runner start")
+        ctx.exit(ExitCode.INTERNAL)
+    if as_json:
+        print_json(said)
+    else:
+        click.echo(
+            f"{said.get('attempt')} is {said.get('state')}; it is followed by: runner logs -f {said.get('attempt')}"
+        )

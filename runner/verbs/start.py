@@ -1,0 +1,28 @@
+"""`runner start`: the daemon, in the foreground."""
+
+import click
+
+from runner.verbs.options import settings_of
+
+
+@click.command()
+@click.pass_context
+def start(ctx: click.Context) -> None:
+    """Run the daemon in the foreground.
+
+    It logs to stderr, and ends at SIGTERM or SIGINT; what it had started goes on, and the next daemon takes it up again.
+    A service manager is told when it is ready (sd_notify).
+
+    \b
+    Examples:
+      runner start
+      runner --log-level debug --log-format json start
+    """
+    import anyio
+
+    from runner.daemon import run_daemon
+    from runner.logs import configure
+
+    settings = settings_of(ctx)
+    configure(settings.log_level, settings.log_format)
+    ctx.exit(anyio.run(run_daemon, settings))

@@ -1,0 +1,408 @@
+"""A runner that does what a test tells it to, over a real WebSocket, built from `protocol` alone.
+
+    runner = await FakeRunner.enrol(join)
+    async with runner.connect(port) as line:
+        command = await line.command()
+        await line.report(runner.accepted(command))
+        await line.report(runner.ended(command, code=0))
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import anyio
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
+
+from protocol.commands import Audience, Command, ExecutionStart, parse_args
+from protocol.envelope import PayloadType, Verified, digest_of, open_envelope, seal
+from protocol.errors import Reason
+from protocol.frames import DataFrame, encode_data
+from protocol.handshake import Established, RunnerHandshake, Standing, open_certificate
+from protocol.identity import Certificate, EnrollClaims, JoinString, runner_url
+from protocol.ids import Digest
+from protocol.keys import PrivateKey, b64url
+from protocol.keyset import Keyset, Role, Root, open_keyset
+from protocol.messages import (
+    SUBPROTOCOL,
+    Beat,
+    Beaten,
+    Bye,
+    Challenge,
+    CommandFrame,
+    Enroll,
+    Enrolled,
+    HeldLease,
+    ItemKind,
+    LogClosed,
+    LogOpen,
+    Message,
+    Report,
+    Reported,
+    ReportItem,
+    Resume,
+    Welcome,
+    decode_from_plane,
+    encode,
+)
+from protocol.receipt import Cause, LogEnd, Outcome, Receipt, Settlement, StreamDigest, Verdict
+from protocol.records import NO_SEGMENT, RecordKind, SegmentHeader, encode_record, encode_segment_header
+from protocol.replay import Advance, Mark, Seen, after, judge
+from protocol.secretbox import recipient_of
+
+WAIT_S = 10.0
+"""How long a test waits for what must come."""
+POLICY = digest_of(b"policy")
+M = TypeVar("M")
+
+
+class Closed(Exception):
+    """The plane closed the connection: with this code, after these goodbyes."""
+
+    def __init__(self, code: int, goodbyes: Sequence[Bye]) -> None:
+        self.code = code
+        self.goodbyes = list(goodbyes)
+        super().__init__(f"{code} {[bye.reason for bye in goodbyes]}")
+
+
+@dataclass
+class FakeRunner:
+    """What a runner keeps across connections: keys, marks and its outbox."""
+
+    key: PrivateKey
+    seal_seed: bytes
+    certificate: Certificate
+    root: Root
+    keyset: Verified[Keyset]
+    seen: Seen = field(default_factory=Seen)
+    outbox: list[ReportItem] = field(default_factory=list)
+
+    @classmethod
+    async def enrol(
+        cls, join: str, name: str = "laptop", seed: bytes = b"k" * 32, labels: dict[str, str] | None = None
+    ) -> "FakeRunner":
+        """Enrol with a join string. Raises Closed when the plane refuses."""
+        parsed, key = JoinString.parse(join), PrivateKey(seed)
+        async with dial(parsed.port) as socket:
+            await socket.send(encode(Enroll(env=enrolment(parsed.token, key, name, labels or {}))))
+            answer = await _next(socket)
+            assert isinstance(answer, Enrolled)
+            assert answer.root.fingerprint == parsed.root
+            keyset = open_keyset(answer.keyset.encode(), answer.root)
+            certificate = open_certificate(answer.certificate.encode(), keyset.value).value
+            try:
+                await _next(socket)
+            except Closed as closed:
+                assert closed.code == 1000
+        return cls(key, _seal_seed(seed), certificate, answer.root, keyset)
+
+    @property
+    def id(self) -> str:
+        """Its runner id."""
+        return self.certificate.runner
+
+    @asynccontextmanager
+    async def connect(self, port: int, *, seed: bytes | None = None) -> AsyncIterator["Line"]:
+        """Shake hands and hold the line. `seed`: another key than the enrolled one."""
+        async with dial(port) as socket:
+            line = await self.shake(socket, seed=seed)
+            try:
+                yield line
+            finally:
+                await socket.close()
+
+    async def shake(self, socket: ClientConnection, *, seed: bytes | None = None) -> "Line":
+        """The handshake on an open socket. Raises Closed."""
+        standing = Standing(
+            key=self.key if seed is None else PrivateKey(seed),
+            certificate=self.certificate,
+            root=self.root,
+            keyset=self.keyset,
+            ctl=self.seen.ctl,
+            out_head=len(self.outbox),
+            boot_id="boot",
+            policy_digest=POLICY,
+            version="0.1.0",
+            platform="linux",
+            hostname="box",
+        )
+        handshake = RunnerHandshake(standing, b64url(b"n" * 32))
+        await socket.send(encode(handshake.start()))
+        challenge = await _next(socket)
+        assert isinstance(challenge, Challenge)
+        await socket.send(encode(handshake.receive(challenge)))  # type: ignore[arg-type]
+        welcome = await _next(socket)
+        assert isinstance(welcome, Welcome)
+        established = handshake.receive(welcome)
+        assert isinstance(established, Established)
+        self.keyset = established.keyset
+        if established.certificate is not None:
+            self.certificate = established.certificate.value
+            self.seen = replace(self.seen, ctl=Mark())
+        return Line(self, socket, established)
+
+    # --- statements ---------------------------------------------------------------------------------------------
+
+    def receipt(
+        self,
+        command: Verified[Command],
+        outcome: Outcome,
+        *,
+        reason: Reason | None = None,
+        result: dict[str, Any] | None = None,
+    ) -> ReportItem:
+        """The signed fate of a command, in the outbox."""
+        header = command.value
+        statement = Receipt(
+            org=self.certificate.org,
+            runner=self.id,
+            inc=self.certificate.inc,
+            cmd_id=header.cmd_id,
+            cmd_digest=command.digest,
+            kind=header.kind,
+            seq=header.seq,
+            outcome=outcome,
+            reason=reason,
+            policy_digest=POLICY,
+            keyset_version=self.keyset.value.version,
+            at_ms=header.iat,
+            result=result or {},
+        )
+        return self._put(ItemKind.RECEIPT, seal(statement.dump(), PayloadType.RECEIPT, [self.key]))
+
+    def accepted(self, command: Verified[Command]) -> ReportItem:
+        """The receipt of a start that was begun."""
+        start = start_of(command)
+        result = {"execution_id": start.execution_id, "start_token": start.start_token}
+        return self.receipt(command, Outcome.ACCEPTED, result=result)
+
+    def ended(self, command: Verified[Command], *, code: int = 0, log: "LogBytes | None" = None) -> ReportItem:
+        """The settlement of a start that ended by itself."""
+        start = start_of(command)
+        statement = Settlement(
+            org=self.certificate.org,
+            runner=self.id,
+            inc=self.certificate.inc,
+            execution_id=start.execution_id,
+            start_token=start.start_token,
+            cmd_id=command.value.cmd_id,
+            cmd_digest=command.digest,
+            verdict=Verdict.EXITED,
+            code=code,
+            cause=Cause(kind="none"),
+            streams={} if log is None else log.streams(),
+            log=None if log is None else LogEnd(end=len(log.data), segments=log.segments, chain=log.chain()),
+            policy_digest=POLICY,
+            at_ms=command.value.iat,
+        )
+        return self._put(ItemKind.SETTLEMENT, seal(statement.dump(), PayloadType.SETTLEMENT, [self.key]))
+
+    def _put(self, kind: ItemKind, body: bytes) -> ReportItem:
+        item = ReportItem(out_seq=len(self.outbox) + 1, kind=kind, body=body.decode())
+        self.outbox.append(item)
+        return item
+
+
+@dataclass
+class Line:
+    """One session of a fake runner."""
+
+    runner: FakeRunner
+    socket: ClientConnection
+    established: Established
+    heard: list[Message] = field(default_factory=list)
+    beats: int = 0
+
+    async def send(self, message: Message) -> None:
+        """Send a message."""
+        await self.socket.send(encode(message))
+
+    async def expect(self, kind: type[M]) -> M:
+        """The next message of a kind; others are kept for later. Raises Closed."""
+        for at, message in enumerate(self.heard):
+            if isinstance(message, kind):
+                del self.heard[at]
+                return message
+        while True:
+            message = await _next(self.socket)
+            if isinstance(message, kind):
+                return message
+            self.heard.append(message)
+
+    async def command(self) -> Verified[Command]:
+        """The next new command, judged as a runner judges it; doubles are passed over."""
+        runner = self.runner
+        me = Audience(org=runner.certificate.org, runner=runner.id, inc=runner.certificate.inc)
+        while True:
+            frame = await self.expect(CommandFrame)
+            keys = runner.keyset.value.keys_for(Role.COMMAND)
+            command = open_envelope(frame.env.encode(), PayloadType.COMMAND, keys, Command.parse)
+            verdict = judge(command, me, runner.keyset.value, runner.seen)
+            if not isinstance(verdict, Advance):
+                continue
+            known = verdict.refuse
+            runner.seen = after(runner.seen, command, verdict)
+            if known is not None:
+                runner.receipt(command, Outcome.REFUSED, reason=known)
+                continue
+            return command
+
+    async def report(self, *items: ReportItem) -> Reported:
+        """Report items and wait for the answer."""
+        await self.send(Report(items=list(items)))
+        return await self.expect(Reported)
+
+    async def catch_up(self) -> Reported | None:
+        """Report everything the plane does not have."""
+        rest = [item for item in self.runner.outbox if item.out_seq > self.established.out_hw]
+        return await self.report(*rest) if rest else None
+
+    async def beat(self, leases: Sequence[HeldLease] = (), attempts: Sequence[str] = ()) -> Beaten:
+        """A beat and its answer."""
+        self.beats += 1
+        beat = Beat(n=self.beats, hw=self.runner.seen.ctl.hw, leases=list(leases), attempts=list(attempts))
+        await self.send(beat)
+        return await self.expect(Beaten)
+
+    async def open_log(self, attempt: str, channel: int = 1, first: int = 0) -> Resume:
+        """Open a channel."""
+        await self.send(LogOpen(channel=channel, attempt=attempt, first=first))
+        return await self.expect(Resume)
+
+    async def data(self, offset: int, data: bytes, channel: int = 1) -> None:
+        """One data frame."""
+        await self.socket.send(encode_data(DataFrame(channel, offset, data)))
+
+    async def upload(self, attempt: str, log: "LogBytes", channel: int = 1) -> None:
+        """A whole log, and its end."""
+        offset = (await self.open_log(attempt, channel)).offset
+        for slice_ in log.slices(offset):
+            await self.data(offset, slice_, channel)
+            offset += len(slice_)
+        await self.send(LogClosed(channel=channel, end=len(log.data)))
+
+    async def closed(self) -> Closed:
+        """Wait until the plane closes."""
+        while True:
+            try:
+                message = await _next(self.socket)
+            except Closed as closed:
+                closed.goodbyes[:0] = [said for said in self.heard if isinstance(said, Bye)]
+                return closed
+            self.heard.append(message)
+
+
+class LogBytes:
+    """A log as a shim writes it: segments, records, digests."""
+
+    def __init__(self, attempt: str) -> None:
+        self.attempt = attempt
+        self.data = b""
+        self.segments = 0
+        self._bounds: list[int] = []
+        self._segment_at = 0
+        self._payloads: dict[str, bytes] = {"stdout": b"", "stderr": b""}
+        self.roll()
+
+    def roll(self) -> None:
+        """Begin the next segment."""
+        previous = bytes.fromhex(self.chain()) if self.segments else NO_SEGMENT
+        self._segment_at = len(self.data)
+        self.segments += 1
+        header = encode_segment_header(SegmentHeader(len(self.data), previous, self.attempt))
+        self._add(RecordKind.SEGMENT, header)
+
+    def write(self, payload: bytes, kind: RecordKind = RecordKind.STDOUT) -> "LogBytes":
+        """One record of output."""
+        self._add(kind, payload)
+        self._payloads[kind.name.lower()] += payload
+        return self
+
+    def slices(self, offset: int) -> list[bytes]:
+        """Whole records from `offset` on."""
+        bounds = [bound for bound in self._bounds if bound > offset]
+        starts = [offset, *bounds]
+        return [self.data[start:end] for start, end in zip(starts, bounds, strict=False)]
+
+    def streams(self) -> dict[str, StreamDigest]:
+        """Digests of the streams."""
+        return {
+            name: StreamDigest(bytes=len(data), sha256=digest_of(data).removeprefix("sha256:"))
+            for name, data in self._payloads.items()
+        }
+
+    def chain(self) -> str:
+        """Digest of the last segment."""
+        return digest_of(self.data[self._segment_at :]).removeprefix("sha256:")
+
+    def _add(self, kind: RecordKind, payload: bytes) -> None:
+        self.data += encode_record(kind, payload, 1_000_000_000)
+        self._bounds.append(len(self.data))
+
+
+@asynccontextmanager
+async def dial(port: int, subprotocol: str = SUBPROTOCOL) -> AsyncIterator[ClientConnection]:
+    """A raw connection to the runner endpoint."""
+    url = runner_url("127.0.0.1", port, secure=False)
+    async with connect(url, subprotocols=[subprotocol], compression=None, proxy=None) as socket:  # type: ignore[list-item]
+        yield socket
+
+
+def enrolment(token: str, key: PrivateKey, name: str, labels: dict[str, str]) -> str:
+    """A signed enrolment, as envelope text."""
+    claims = EnrollClaims(
+        token=token,
+        name=name,
+        x=key.public.x,
+        seal_x=recipient_of(_seal_seed(key.seed)),
+        boot_id="boot",
+        hostname="box",
+        platform="linux",
+        version="0.1.0",
+        labels=labels,
+    )
+    return seal(claims.dump(), PayloadType.ENROLL, [key]).decode()
+
+
+def start_of(command: Verified[Command]) -> ExecutionStart:
+    """The arguments of a start."""
+    args = parse_args(command.value)
+    assert isinstance(args, ExecutionStart)
+    return args
+
+
+def digest_text(data: bytes) -> Digest:
+    """`sha256:` digest of bytes."""
+    return digest_of(data)
+
+
+async def closing_of(socket: ClientConnection) -> Closed:
+    """Wait until the plane closes a raw connection."""
+    goodbyes: list[Bye] = []
+    while True:
+        try:
+            message = await _next(socket)
+        except Closed as closed:
+            closed.goodbyes[:0] = goodbyes
+            return closed
+        if isinstance(message, Bye):
+            goodbyes.append(message)
+
+
+async def _next(socket: ClientConnection) -> Message:
+    goodbyes: list[Bye] = []
+    with anyio.fail_after(WAIT_S):
+        try:
+            while True:
+                message = decode_from_plane(str(await socket.recv()))
+                if not isinstance(message, Bye):
+                    return message
+                goodbyes.append(message)
+        except ConnectionClosed as exc:
+            raise Closed(exc.rcvd.code if exc.rcvd else 1006, goodbyes) from exc
+
+
+def _seal_seed(seed: bytes) -> bytes:
+    return bytes(byte ^ 0x5A for byte in seed)

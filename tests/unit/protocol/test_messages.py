@@ -1,0 +1,141 @@
+"""Text frames: every message there and back, and what is refused."""
+
+import json
+
+import pytest
+
+from protocol.errors import CloseCode, Reason, RemoteError
+from protocol.ids import GENESIS
+from protocol.messages import (
+    Ack,
+    Answer,
+    Beat,
+    Beaten,
+    Bye,
+    Challenge,
+    CommandFrame,
+    Enroll,
+    Enrolled,
+    FromPlane,
+    FromRunner,
+    Gap,
+    HeldLease,
+    Hello,
+    Hint,
+    LogClosed,
+    LogOpen,
+    Need,
+    Proof,
+    Refused,
+    Renewal,
+    Report,
+    Reported,
+    Resume,
+    Welcome,
+    decode_from_plane,
+    decode_from_runner,
+    encode,
+)
+from tests.support.builders import a_nonce, a_root, an_item
+
+FROM_RUNNER: list[FromRunner] = [
+    Hello(org="o", runner="r", nonce=a_nonce()),
+    Proof(env="{}"),
+    Enroll(env="{}"),
+    Need(seq=1),
+    Refused(digest=GENESIS, reason=Reason.BAD_SIG, detail="why"),
+    Report(items=[an_item(1)]),
+    Beat(n=1, hw=0, leases=[HeldLease(res="exec:x", token=1)], attempts=["ex_1.1"]),
+    LogOpen(channel=0, attempt="ex_1.1", first=0),
+    Gap(channel=0, start=0, end=1),
+    LogClosed(channel=0, end=1),
+    Bye(reason=Reason.GOING_AWAY),
+]
+FROM_PLANE: list[FromPlane] = [
+    Challenge(nonce=a_nonce(), now_ms=1),
+    Welcome(env="{}"),
+    Enrolled(root=a_root(), keyset="{}", certificate="{}"),
+    CommandFrame(env="{}"),
+    Reported(answers=[Answer(out_seq=1, stored=False, reason=Reason.BAD_SIG)]),
+    Beaten(
+        n=1,
+        now_ms=1,
+        beat_ms=1000,
+        leases=[Renewal(res="exec:x", token=1, ttl_ms=1)],
+        hints=[Hint(attempt="ex_1.1", want="stop", cmd_id="c")],
+    ),
+    Resume(channel=0, offset=0, credit=1),
+    Ack(channel=0, offset=0, credit=1),
+    Bye(reason=Reason.GOING_AWAY),
+]
+
+
+def test_every_message_survives_the_wire() -> None:
+    """And each side has exactly the messages of its direction."""
+    for said in FROM_RUNNER:
+        assert decode_from_runner(encode(said)) == said
+    for answer in FROM_PLANE:
+        assert decode_from_plane(encode(answer)) == answer
+
+
+def test_a_message_of_the_other_direction_is_refused() -> None:
+    """A peer cannot speak our part."""
+    for said in FROM_RUNNER:
+        if not isinstance(said, Bye):
+            with pytest.raises(RemoteError):
+                decode_from_plane(encode(said))
+    for answer in FROM_PLANE:
+        if not isinstance(answer, Bye):
+            with pytest.raises(RemoteError):
+                decode_from_runner(encode(answer))
+
+
+def test_an_unknown_field_is_ignored_and_an_absent_one_is_not_written() -> None:
+    """A newer peer may say more."""
+    text = encode(Need(seq=1))
+    assert decode_from_runner(json.dumps(json.loads(text) | {"new": {"a": []}})) == Need(seq=1)
+    assert "cmd_id" not in encode(Refused(digest=GENESIS, reason=Reason.BAD_SIG))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        "null",
+        '{"t":"unknown"}',
+        '{"t":1}',
+        '{"t":"need"}',
+        '{"t":"need","seq":0}',
+        '{"t":"need","seq":1.0}',
+        '{"t":"need","seq":true}',
+        '{"t":"need","seq":"1"}',
+        '{"t":"need","seq":1,"seq":2}',
+        '{"t":"need","seq":9007199254740992}',
+        '{"t":"bye","reason":"MADE_UP"}',
+        '{"t":"report","items":[]}',
+        '{"t":"beat","n":1,"hw":0,"attempts":["../x.1"]}',
+        '{"t":"need","seq":1,"x":"\ud800"}',
+    ],
+)
+def test_a_frame_that_is_no_message_is_refused(text: str) -> None:
+    """With one reason and one close code."""
+    with pytest.raises(RemoteError) as refused:
+        decode_from_runner(text)
+    assert refused.value.reason is Reason.BAD_FRAME
+    assert refused.value.close is CloseCode.BAD_FRAME
+
+
+def test_a_refusal_shows_nothing_of_the_frame() -> None:
+    """Not even the tag, which the parser would quote."""
+    for text in (
+        '{"t":"\\u001b[31mhunter2"}',
+        '{"t":"need","seq":"hunter2"}',
+        '{"t":"need","seq":1,"hunter2\ud800":1}',
+        '{"t":"report","items":[{"hunter2":1}]}',
+    ):
+        with pytest.raises(RemoteError) as refused:
+            decode_from_runner(text)
+        assert "hunter2" not in str(refused.value)
+        assert "\x1b" not in str(refused.value)

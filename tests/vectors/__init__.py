@@ -1,0 +1,1 @@
+"""Makes the normative vectors of protocol/vectors from the code that they describe."""

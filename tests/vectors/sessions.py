@@ -1,0 +1,181 @@
+"""Vectors of whole conversations, each message as its exact text."""
+
+from protocol.commands import OnLoss
+from protocol.envelope import PayloadType, digest_of, open_envelope, seal
+from protocol.errors import Reason
+from protocol.handshake import Established, PlaneHandshake, RunnerHandshake, Standing, seal_welcome
+from protocol.identity import EnrollClaims
+from protocol.messages import (
+    Ack,
+    Answer,
+    Beat,
+    Beaten,
+    Bye,
+    CommandFrame,
+    Enroll,
+    Enrolled,
+    HeldLease,
+    ItemKind,
+    LogClosed,
+    LogOpen,
+    Message,
+    Need,
+    Proof,
+    Refused,
+    Renewal,
+    Report,
+    Reported,
+    Resume,
+    Welcome,
+    encode,
+)
+from protocol.replay import Mark
+from tests.support import builders as make
+
+Line = tuple[str, Message]
+RUNNER, PLANE = "runner", "plane"
+
+
+def transcripts() -> dict[str, object]:
+    """Conversations by name; `from` says who speaks."""
+    conversations = {
+        "enrolment": enrolment(),
+        "handshake": handshake(Mark(), None),
+        "a command, its receipt and its settlement": ordinary(),
+        "a gap is asked for": gap(),
+        "a duplicate has the same receipt": duplicate(),
+        "a fork ends in a new incarnation": handshake(make.a_mark(2), 2),
+        "a beat renews a lease": beat(),
+        "a log is streamed": log(),
+        "an envelope that consumes nothing": refused(),
+        "a farewell": [(PLANE, Bye(reason=Reason.SESSION_REPLACED))],
+    }
+    return {
+        "root_fingerprint": make.a_root().fingerprint,
+        "transcripts": [
+            {"name": name, "messages": [{"from": who, "text": encode(message)} for who, message in lines]}
+            for name, lines in conversations.items()
+        ],
+    }
+
+
+def enrolment() -> list[Line]:
+    """A join token becomes a certificate."""
+    claims: EnrollClaims = make.an_enrolment()
+    asks = Enroll(env=seal(claims.dump(), PayloadType.ENROLL, [make.a_key("runner")]).decode())
+    gets = Enrolled(
+        root=make.a_root(), keyset=make.a_sealed_keyset().decode(), certificate=make.a_sealed_certificate().decode()
+    )
+    return [(RUNNER, asks), (PLANE, gets)]
+
+
+def handshake(ctl: Mark, inc: int | None) -> list[Line]:
+    """Hello to welcome, by the machines themselves; with `inc`, into a new incarnation."""
+    standing = Standing(
+        key=make.a_key("runner"), certificate=make.a_certificate(), root=make.a_root(), keyset=make.a_verified_keyset(),
+        ctl=ctl, out_head=0, boot_id="boot-1", policy_digest=make.POLICY_DIGEST, version="0.1.0", platform="linux",
+    )  # fmt: skip
+    runner, plane = RunnerHandshake(standing, make.a_nonce("runner")), PlaneHandshake(make.a_nonce("plane"))
+    hello = runner.start()
+    challenge = plane.challenge(hello, make.NOW_MS)
+    proof = runner.receive(challenge)
+    assert isinstance(proof, Proof)
+    claims = plane.verify(proof, make.a_key("runner").public)
+    env = seal_welcome(
+        claims, inc=inc or 1, session="ses_1", now_ms=make.NOW_MS, beat_ms=10_000,
+        ctl=ctl if inc is None else Mark(), out_hw=0, key=make.a_key("command"),
+    )  # fmt: skip
+    welcome = Welcome(env=env, certificate=None if inc is None else make.a_sealed_certificate(inc=inc).decode())
+    assert isinstance(runner.receive(welcome), Established)
+    return [(RUNNER, hello), (PLANE, challenge), (RUNNER, proof), (PLANE, welcome)]
+
+
+def command(seq: int, prev: str) -> tuple[CommandFrame, str]:
+    """A numbered command and its digest."""
+    lease = {"res": f"exec:ex_{seq}", "token": 1, "ttl_ms": 60_000, "on_loss": str(OnLoss.CONTINUE)}
+    args = make.start_fields(execution_id=f"ex_{seq}")
+    verified = make.a_verified_command(cmd_id=f"cmd_{seq}", seq=seq, prev=prev, lease=lease, args=args)
+    return CommandFrame(env=verified.envelope.decode()), verified.digest
+
+
+def receipt(seq: int, digest: str, out_seq: int) -> Report:
+    """The report of a receipt."""
+    said = make.a_receipt(cmd_id=f"cmd_{seq}", cmd_digest=digest, seq=seq)
+    body = seal(said.dump(), PayloadType.RECEIPT, [make.a_key("runner")]).decode()
+    return Report(items=[make.an_item(out_seq, body, ItemKind.RECEIPT)])
+
+
+def stored(out_seq: int) -> Reported:
+    """The answer to one item."""
+    return Reported(answers=[Answer(out_seq=out_seq, stored=True)])
+
+
+def ordinary() -> list[Line]:
+    """Accepted at once, settled later."""
+    frame, digest = command(1, make.Mark().head)
+    said = make.a_settlement(cmd_digest=digest, started_ms=make.NOW_MS, ended_ms=make.NOW_MS + 5, duration_ms=5)
+    body = seal(said.dump(), PayloadType.SETTLEMENT, [make.a_key("runner")]).decode()
+    settlement = Report(items=[make.an_item(2, body, ItemKind.SETTLEMENT)])
+    return [
+        (PLANE, frame),
+        (RUNNER, receipt(1, digest, 1)),
+        (PLANE, stored(1)),
+        (RUNNER, settlement),
+        (PLANE, stored(2)),
+    ]
+
+
+def gap() -> list[Line]:
+    """The first command is lost on the way, the second asks for it."""
+    first, first_digest = command(1, make.Mark().head)
+    second, second_digest = command(2, first_digest)
+    return [
+        (PLANE, second),
+        (RUNNER, Need(seq=1)),
+        (PLANE, first),
+        (PLANE, second),
+        (RUNNER, receipt(1, first_digest, 1)),
+        (RUNNER, receipt(2, second_digest, 2)),
+    ]
+
+
+def duplicate() -> list[Line]:
+    """The same bytes have no second effect."""
+    frame, digest = command(1, make.Mark().head)
+    told = receipt(1, digest, 1)
+    return [(PLANE, frame), (RUNNER, told), (PLANE, stored(1)), (PLANE, frame), (RUNNER, told), (PLANE, stored(1))]
+
+
+def beat() -> list[Line]:
+    """One lease is renewed, one is refused."""
+    asks = Beat(
+        n=1,
+        hw=1,
+        leases=[HeldLease(res="exec:ex_1", token=1), HeldLease(res="exec:ex_2", token=1)],
+        attempts=["ex_1.1", "ex_2.1"],
+    )
+    renewals = [
+        Renewal(res="exec:ex_1", token=1, ttl_ms=60_000),
+        Renewal(res="exec:ex_2", token=1, reason=Reason.FENCED),
+    ]
+    return [(RUNNER, asks), (PLANE, Beaten(n=1, now_ms=make.NOW_MS, beat_ms=10_000, leases=renewals))]
+
+
+def log() -> list[Line]:
+    """Control of a log's channel; the data frames between are binary."""
+    return [
+        (RUNNER, LogOpen(channel=0, attempt="ex_1.1", first=0)),
+        (PLANE, Resume(channel=0, offset=0, credit=4_194_304)),
+        (PLANE, Ack(channel=0, offset=1_048_576, credit=5_242_880)),
+        (RUNNER, LogClosed(channel=0, end=2_000_000)),
+        (PLANE, Ack(channel=0, offset=2_000_000, credit=6_194_304)),
+    ]
+
+
+def refused() -> list[Line]:
+    """A command for an older incarnation."""
+    frame, _digest = command(1, make.Mark().head)
+    key = make.a_key("command")
+    opened = open_envelope(frame.env.encode(), PayloadType.COMMAND, {key.key_id: key.public}, bytes)
+    answer = Refused(digest=digest_of(opened.envelope), reason=Reason.STALE_INC, cmd_id="cmd_1")
+    return [(PLANE, frame), (RUNNER, answer)]
