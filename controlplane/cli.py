@@ -1,5 +1,6 @@
 """The command line of the reference control plane: run one, and ask one by its REST interface."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -8,6 +9,7 @@ import click
 from controlplane import verbs_execution, verbs_statement, verbs_worktree
 from controlplane.reach import (
     DEFAULT_URL,
+    ExitCode,
     Front,
     Reach,
     as_json,
@@ -17,7 +19,7 @@ from controlplane.reach import (
     wants_colour,
     without_none,
 )
-from controlplane.render import moment, print_facts, print_json, print_table
+from controlplane.render import complain, moment, print_facts, print_json, print_table
 
 if TYPE_CHECKING:
     from controlplane.server import Announcement
@@ -78,7 +80,8 @@ def cli(ctx: click.Context, url: str, token_file: str | None) -> None:
 @click.option("--listen", default=DEFAULT_LISTEN, show_default=True, metavar="HOST:PORT", help="Where to listen.")
 @click.option("--allow-remote", is_flag=True, help="Allow an address that other machines reach, without TLS.")
 @click.option("--log-format", type=click.Choice(["auto", "json", "console"]), default="auto", show_default=True)
-def serve(db: str | None, listen: str, allow_remote: bool, log_format: str) -> None:
+@click.pass_context
+def serve(ctx: click.Context, db: str | None, listen: str, allow_remote: bool, log_format: str) -> None:
     """Run the control plane in the foreground, until SIGTERM or SIGINT.
 
     The first start makes its keys and prints the root's fingerprint and a join string for the first runner.
@@ -88,12 +91,19 @@ def serve(db: str | None, listen: str, allow_remote: bool, log_format: str) -> N
       runner-control serve
       runner-control serve --db ./demo/plane.db --listen 127.0.0.1:0
     """
+    from controlplane.errors import StartRefused
     from controlplane.server import serve as run
 
     host, port = _address(listen)
     path = Path(db) if db else data_dir() / "control.db"
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    run(path.parent, path, host, port, allow_remote=allow_remote, log_format=log_format, announce=_announce)
+    if log_format == "auto":
+        log_format = "console" if sys.stderr.isatty() else "json"
+    try:
+        run(path.parent, path, host, port, allow_remote=allow_remote, log_format=log_format, announce=_announce)
+    except StartRefused as exc:
+        complain(str(exc), "runner-control serve --help")
+        ctx.exit(ExitCode.REFUSED)
 
 
 def _address(listen: str) -> tuple[str, int]:

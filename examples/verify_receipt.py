@@ -23,9 +23,9 @@ kind = envelope["payloadType"]
 if kind not in TYPES or len(envelope["signatures"]) != 1 or len(key) != 32:
     sys.exit("neither a receipt nor a settlement of one runner")
 pae = b"DSSEv1 %d %s %d %s" % (len(kind), kind.encode(), len(payload), payload)
-pem = "-----BEGIN PUBLIC KEY-----\n%s\n-----END PUBLIC KEY-----\n" % base64.b64encode(SPKI_ED25519 + key).decode()
+pem = b"-----BEGIN PUBLIC KEY-----\n%s\n-----END PUBLIC KEY-----\n" % base64.b64encode(SPKI_ED25519 + key)
 with tempfile.TemporaryDirectory() as place:
-    files = {"key": pem.encode(), "pae": pae, "sig": base64.b64decode(envelope["signatures"][0]["sig"], validate=True)}
+    files = {"key": pem, "pae": pae, "sig": base64.b64decode(envelope["signatures"][0]["sig"], validate=True)}
     for name, data in files.items():
         Path(place, name).write_bytes(data)
     verify = ["openssl", "pkeyutl", "-verify", "-rawin", "-pubin", "-inkey", "key", "-in", "pae", "-sigfile", "sig"]

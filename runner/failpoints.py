@@ -33,9 +33,12 @@ NAMES: Final = frozenset(
         "report.sent",
         "report.answered",
         "worktree.marker_written",
+        "worktree.branch_made",
         "worktree.added",
         "worktree.verified",
+        "worktree.ready",
         "worktree.trashed",
+        "worktree.recorded",
     }
 )
 """Every point in the code; `docs/reliability.md` has a row for each."""

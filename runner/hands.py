@@ -11,6 +11,7 @@ from anyio.abc import TaskGroup
 from protocol.errors import ProtocolError, Reason
 from protocol.ids import Attempt
 from protocol.secretbox import open_secret
+from runner import failpoints
 from runner.adapters.keystore import Keystore
 from runner.adapters.shims import ShimAdapter
 from runner.adapters.uplink import Uplink
@@ -156,6 +157,7 @@ class DaemonHands:
         else:
             self._secrets[attempt] = secrets
             self._track(attempt)
+            failpoints.hit("attempt.prepared")
             self._put(AttemptPrepared(attempt, shim))
 
     def _cwd(self, plan: AttemptPlan) -> str:

@@ -26,8 +26,8 @@ class Failure(Exception):
 class Stage:
     """A temporary home with a control plane and a runner in it."""
 
-    def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
         self.home = Path(tempfile.mkdtemp(prefix="runner-demo-"))
         self.port = _free_port()
         self.checks = 0

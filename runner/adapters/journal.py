@@ -140,12 +140,16 @@ class SqliteJournal:
         return await self._ask(lambda db: journal_rows.read_items(db, out_seqs))
 
     async def prune(self, now_ms: int) -> Pruned:
-        """Forget envelopes and answered reports older than KEPT_MS (wall time), and expired tombstones. Raises JournalBroken."""
+        """Forget what is older than KEPT_MS (wall time): envelopes that are done with, answered reports; and expired tombstones.
+
+        Raises JournalBroken.
+        """
         before = now_ms - KEPT_MS
         return Pruned(
             envelopes=await self._forget(
                 "UPDATE command SET envelope = x'' WHERE n IN (SELECT n FROM command"
-                " WHERE length(envelope) > 0 AND received_ms < ? AND receipt_seq IS NOT NULL LIMIT ?)",
+                " WHERE length(envelope) > 0 AND received_ms < ? AND receipt_seq IS NOT NULL"
+                " AND digest NOT IN (SELECT digest FROM attempt WHERE state != 'settled') LIMIT ?)",
                 before,
             ),
             reports=await self._forget(

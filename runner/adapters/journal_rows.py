@@ -252,8 +252,8 @@ def _commands(db: sqlite3.Connection) -> list[CommandRow]:
 
 def _attempts(db: sqlite3.Connection) -> list[AttemptRow]:
     rows = db.execute(
-        f"SELECT {_ATTEMPT_COLUMNS} FROM attempt WHERE settled_seq IS NULL OR settled_seq IN"  # noqa: S608 - constants
-        " (SELECT settled_seq FROM attempt WHERE settled_seq IS NOT NULL ORDER BY settled_seq DESC LIMIT ?)"
+        f"SELECT {_ATTEMPT_COLUMNS} FROM attempt WHERE state != 'settled' OR name IN"  # noqa: S608 - constants
+        " (SELECT name FROM attempt WHERE state = 'settled' ORDER BY at_ms DESC LIMIT ?)"
         " ORDER BY rowid",
         (SETTLED_REMEMBERED_MAX,),
     )

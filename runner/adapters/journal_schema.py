@@ -49,8 +49,9 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
             worktree_id TEXT,
             settled_seq INTEGER UNIQUE,
             at_ms INTEGER NOT NULL,
-            CHECK((state = 'settled') = (settled_seq IS NOT NULL)))""",
-        "CREATE INDEX attempt_living ON attempt(name) WHERE settled_seq IS NULL",
+            CHECK(settled_seq IS NULL OR state = 'settled'))""",
+        "CREATE INDEX attempt_living ON attempt(digest) WHERE state != 'settled'",
+        "CREATE INDEX attempt_settled ON attempt(at_ms) WHERE state = 'settled'",
         """CREATE TRIGGER attempt_settled_once BEFORE UPDATE ON attempt WHEN OLD.state = 'settled'
             BEGIN SELECT RAISE(ABORT, 'a settled attempt stays as it is'); END""",
         """CREATE TRIGGER attempt_stays BEFORE DELETE ON attempt

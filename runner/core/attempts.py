@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from protocol.commands import (
+    Args,
     AttemptTarget,
     Command,
     ExecutionStart,
@@ -67,8 +68,9 @@ class Attempts:
         """Attempts that are not settled."""
         return len(self._live)
 
-    def living_beside(self, execution_id: str) -> int:
-        """Living attempts of other executions: those of one run one after the other."""
+    def living_beside(self, args: Args) -> int:
+        """Living attempts of other executions than the one that `args` start: those of one run one after the other."""
+        execution_id = args.execution_id if isinstance(args, ExecutionStart) else None
         return sum(1 for attempt in self._live if attempt.execution_id != execution_id)
 
     def living_names(self) -> tuple[Attempt, ...]:
@@ -107,7 +109,7 @@ class Attempts:
             cmd_id=CommandId(command.value.cmd_id),
             state=AttemptState.INTENT,
             worktree_id=WorktreeId(start.cwd.worktree_id) if isinstance(start.cwd, WorktreeCwd) else None,
-            lease=self._engine.leases.granted(command.value, now),
+            lease=self._engine.leases.granted(command.value, known, now),
         )
         self.put(row)
         ends = [

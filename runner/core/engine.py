@@ -250,7 +250,7 @@ class Engine:
                 args = parse_args(header)
             except ArgsRefused as exc:
                 return self.refuse(command.digest, Refusal(exc.reason, exc.detail), now)
-            refusal = refuse_args(header, args, self.policy, self._living_beside(args)) or self._busy(args)
+            refusal = refuse_args(header, args, self.policy, self.attempts.living_beside(args)) or self.trees.busy(args)
         if refusal is not None:
             return self.refuse(command.digest, refusal, now)
         match args:
@@ -266,15 +266,6 @@ class Engine:
     def _cancelled(self, header: Command) -> Refusal | None:
         buried = self.ledger.tombstones.get(header.cmd_id)
         return None if buried is None else Refusal(Reason.CANCELLED_BEFORE_START, "it was stopped before it came")
-
-    def _living_beside(self, args: Args) -> int:
-        return self.attempts.living_beside(args.execution_id) if isinstance(args, ExecutionStart) else 0
-
-    def _busy(self, args: Args) -> Refusal | None:
-        """A removal does not wait for attempts: they may live for days, and the repository would wait with it."""
-        if isinstance(args, WorktreeRemove) and self.attempts.uses(args.worktree_id):
-            return Refusal(Reason.WORKTREE_BUSY, "an attempt lives in it")
-        return None
 
     def _enqueue(
         self, command: Verified[Command], args: ExecutionStart | WorktreeCreate | WorktreeRemove, now: Now

@@ -53,7 +53,7 @@ class AttemptRow:
 
 @dataclass(frozen=True, slots=True)
 class PutAttempt:
-    """The attempt as it is now; a SETTLED row is never overwritten."""
+    """The attempt as it is now; a SETTLED row is never overwritten. SETTLED without a number: intended, and never accepted."""
 
     row: AttemptRow
     at_ms: int

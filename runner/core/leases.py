@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from protocol.commands import Command, LeaseRelease, OnLoss
 from protocol.envelope import Verified
 from protocol.errors import Reason
+from protocol.execution import AttemptState
 from protocol.ids import Attempt
 from protocol.lease import Lease, LeaseInput, LeaseState, granted
 from protocol.messages import HeldLease
@@ -60,10 +61,12 @@ class Leases:
 
     # --- what happens to them -----------------------------------------------------------------------------------
 
-    def granted(self, command: Command, now: Now) -> Lease | None:
-        """The lease that came with a start, counted from when it was signed."""
+    def granted(self, command: Command, known: AttemptRow | None, now: Now) -> Lease | None:
+        """The lease that came with a start, counted from when it was signed; one that an earlier daemon saw the end of stays ended."""
         if command.lease is None:
             return None
+        if known is not None and known.lease is not None and known.lease.state is not LeaseState.HELD:
+            return known.lease
         return granted(command.lease, now.boot_ms, self._engine.plane_ms(now) - command.iat)
 
     def push(self, row: AttemptRow, now: Now) -> list[Effect]:
@@ -77,21 +80,23 @@ class Leases:
     def beat_answered(self, answered: BeatAnswered, now: Now) -> list[Effect]:
         """Renewed leases get their deadline from the moment the beat was sent; a refusal is unsigned and stops nothing."""
         effects = self.tick(now)
-        by_res = {lease.res: (row, lease) for row, lease in self._held()}
-        for renewal in answered.leases:
-            row, lease = by_res.get(renewal.res, (None, None))
-            if row is None or lease is None or renewal.token != lease.token:
+        renewals = {(renewal.res, renewal.token): renewal for renewal in answered.leases}
+        for row, lease in list(self._held()):
+            renewal = renewals.get((lease.res, lease.token))
+            if renewal is None:
                 continue
             if renewal.ttl_ms is None:
                 effects.append(Note("lease.refused", {"attempt": row.attempt.name, "reason": renewal.reason}))
-                continue
-            renewed = lease.renewed(renewal.token, answered.sent_ms, renewal.ttl_ms)
-            if renewed.deadline_ms == lease.deadline_ms:
-                continue
-            effects += self._keep(replace(row, lease=renewed), now)
-            if row.shim is not None:
-                effects += self.push(self._engine.attempts.rows[row.attempt], now)
+            else:
+                effects += self._renew(row, lease, answered.sent_ms, renewal.ttl_ms, now)
         return effects + self._hinted(answered)
+
+    def _renew(self, row: AttemptRow, lease: Lease, sent_ms: int, ttl_ms: int, now: Now) -> list[Effect]:
+        renewed = lease.renewed(lease.token, sent_ms, ttl_ms)
+        if renewed.deadline_ms == lease.deadline_ms:
+            return []
+        row = replace(row, lease=renewed)
+        return [*self._keep(row, now), *(self.push(row, now) if _has_shim(row) else [])]
 
     def _hinted(self, answered: BeatAnswered) -> list[Effect]:
         """A hint about an attempt that is settled: its settlement did not arrive, or not yet. Say it again."""
@@ -113,7 +118,7 @@ class Leases:
             effects += self._keep(row, now)
             if lease.on_loss is OnLoss.STOP:
                 effects += self._engine.attempts.end(row, None, command.value.cmd_id, now)
-            elif lease.on_loss is OnLoss.FREEZE and row.shim is not None:
+            elif lease.on_loss is OnLoss.FREEZE and _has_shim(row):
                 effects += self.push(row, now)
         return [*effects, *self._engine.receipt(command.digest, Outcome.DONE, now, result={"state": state})]
 
@@ -129,3 +134,8 @@ class Leases:
     def _keep(self, row: AttemptRow, now: Now) -> list[Effect]:
         self._engine.attempts.put(row)
         return [Persist((PutAttempt(row, now.wall_ms),))]
+
+
+def _has_shim(row: AttemptRow) -> bool:
+    """Whether there is somebody to tell: before that, the start is judged by the lease as it is then."""
+    return row.state is not AttemptState.INTENT

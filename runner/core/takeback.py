@@ -95,6 +95,6 @@ def _start_again(engine: "Engine", row: AttemptRow, now: Now) -> list[Effect]:
     command, start = reopened
     assert isinstance(start, ExecutionStart), "an attempt comes from a start"
     # The deadline in the journal may be of another boot, whose clock says nothing about this one.
-    lease = engine.leases.granted(command.value, now)
+    lease = engine.leases.granted(command.value, row, now)
     engine.attempts.put(replace(row, state=AttemptState.INTENT, shim=None, lease=lease))
     return engine.attempts.begin(command, start, now)

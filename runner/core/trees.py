@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from protocol.commands import Command, WorktreeCreate, WorktreeRemove
+from protocol.commands import Args, Command, WorktreeCreate, WorktreeRemove
 from protocol.envelope import Verified
 from protocol.errors import Reason
 from protocol.ids import WorktreeId
@@ -37,6 +37,12 @@ class Trees:
         """Whether it is there."""
         row = self.rows.get(worktree_id)
         return row is not None and row.made is not None
+
+    def busy(self, args: Args) -> Refusal | None:
+        """A removal waits for no attempt: it may live for days, and every other command of the repository would wait too."""
+        if isinstance(args, WorktreeRemove) and self._engine.attempts.uses(args.worktree_id):
+            return Refusal(Reason.WORKTREE_BUSY, "an attempt lives in it")
+        return None
 
     def begin(self, command: Verified[Command], args: WorktreeCreate | WorktreeRemove, now: Now) -> list[Effect]:
         """The claims are held."""

@@ -7,11 +7,11 @@ The shim takes the child's umask, limits and directory upon itself for the lengt
 
 from __future__ import annotations
 
+import _stat as stat
 import errno
 import fcntl
 import posix as os
 import resource
-import _stat as stat
 
 from runner.shim import system
 from runner.shim.system import signals

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from protocol.commands import Audience, Command
 from protocol.envelope import PayloadType, digest_of, open_envelope
-from protocol.errors import Reason
+from protocol.errors import Reason, RemoteError
 from protocol.ids import GENESIS, CommandId, Digest
 from protocol.messages import (
     Answer,
@@ -112,6 +112,7 @@ class World:
         self.signed: dict[str, Signed] = {}
         self.recorded: list[str] = []
         self.wait_for = 0
+        self.replayed = False
         self.ids = 0
 
     def disconnect(self) -> None:
@@ -146,7 +147,7 @@ class World:
         else:
             assert expected, "a new incarnation without need"
             self.restart_streams(before + 1)
-        self.wait_for = len(runner.outbox)
+        self.wait_for, self.replayed = len(runner.outbox), False
         self.plane_session = PlaneSession(plane.acked_hw)
         for command in [*plane.ctl.values(), *plane.safety.values()]:
             self.plane_session.queue(command)
@@ -275,12 +276,20 @@ class World:
             case Report():
                 self.to_runner.append(encode(Reported(answers=[self.store(item, session) for item in message.items])))
             case Need():
-                session.receive(message)
+                self.plane_hears_need(message, session)
             case Beat():
                 session.receive(message)
                 self.to_runner.append(encode(Beaten(n=message.n, now_ms=self.now_ms, beat_ms=10_000)))
             case _:
                 pass
+
+    def plane_hears_need(self, message: Need, session: PlaneSession) -> None:
+        """Go back; a number from the future can only come from a replayed history, and ends the connection."""
+        try:
+            session.receive(message)
+        except RemoteError:
+            assert self.replayed, "an honest runner asked for what was never sent"
+            self.disconnect()
 
     def store(self, item: ReportItem, session: PlaneSession) -> Answer:
         """One item, by its number in this incarnation; what it says is taken once."""

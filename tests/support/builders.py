@@ -95,7 +95,12 @@ def a_verified_command(*, key: PrivateKey | None = None, **over: Any) -> Verifie
 
 def a_key_entry(key: PrivateKey, *roles: Role, **over: Any) -> KeyEntry:
     """An entry of a keyset: any of `roles`, an hour before now until 30 days after."""
-    fields = {"x": key.public.x, "roles": list(roles), "nbf": NOW_MS - HOUR_MS, "naf": NOW_MS + 30 * DAY_MS}
+    fields: dict[str, Any] = {
+        "x": key.public.x,
+        "roles": list(roles),
+        "nbf": NOW_MS - HOUR_MS,
+        "naf": NOW_MS + 30 * DAY_MS,
+    }
     return KeyEntry(**(fields | over))
 
 
@@ -128,7 +133,7 @@ def a_verified_keyset(*, keyset: Keyset | None = None) -> Verified[Keyset]:
 
 def a_certificate(**over: Any) -> Certificate:
     """The certificate of the key named `runner`."""
-    fields = {
+    fields: dict[str, Any] = {
         "org": ORG,
         "runner": RUNNER,
         "inc": 1,
@@ -147,7 +152,7 @@ def a_sealed_certificate(*, key: PrivateKey | None = None, **over: Any) -> bytes
 
 def an_enrolment(**over: Any) -> EnrollClaims:
     """What a runner says to be enrolled."""
-    fields = {
+    fields: dict[str, Any] = {
         "token": "A" * 22,
         "name": "laptop",
         "x": a_key("runner").public.x,

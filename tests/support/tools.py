@@ -28,16 +28,18 @@ class DirectTools:
         """Run `argv`; its output is whole."""
         assert locks, "a tool that writes holds a lock"
         self.names.append(name)
-        done = await anyio.to_thread.run_sync(
-            partial(
-                subprocess.run,
-                argv,
-                cwd=cwd,
-                env=dict(env),
-                pass_fds=locks,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=timeout_ms / 1000,
-            )
-        )
-        return ToolExit(status=done.returncode, stdout=done.stdout, stderr=done.stderr)
+        return await anyio.to_thread.run_sync(partial(_run, argv, cwd, env, locks, timeout_ms))
+
+
+def _run(argv: Sequence[str], cwd: str, env: Mapping[str, str], locks: Sequence[int], timeout_ms: int) -> ToolExit:
+    done = subprocess.run(
+        argv,
+        cwd=cwd,
+        env=dict(env),
+        pass_fds=locks,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+        timeout=timeout_ms / 1000,
+    )
+    return ToolExit(status=done.returncode, stdout=done.stdout, stderr=done.stderr)

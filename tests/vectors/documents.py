@@ -86,6 +86,19 @@ def bad_wrappers() -> dict[str, str]:
     return wrappers
 
 
+def bad_case(name: str, kind: PayloadType, keys: list[str], threshold: int, envelope: str) -> dict[str, object]:
+    """An envelope that does not open, and why."""
+    reason = opened(envelope, kind, keys, threshold)
+    return {
+        "name": name,
+        "payload_type": kind,
+        "keys": keys,
+        "threshold": threshold,
+        "envelope": envelope,
+        "reason": reason,
+    }
+
+
 def envelopes() -> dict[str, object]:
     """Keys and their ids, the pre-authentication encoding, envelopes that open and that do not."""
     kinds = [
@@ -102,24 +115,9 @@ def envelopes() -> dict[str, object]:
         good.append(
             {"payload_type": kind, "keys": names, "threshold": threshold, "envelope": envelope, "digest": digest}
         )
-    bad = [
-        {"name": name, "payload_type": PayloadType.RECEIPT, "keys": ["runner"], "threshold": 1, "envelope": envelope}
-        for name, envelope in bad_wrappers().items()
-    ]
-    short = {
-        "name": "one signature of two",
-        "payload_type": PayloadType.KEYSET,
-        "keys": ["root", "root2"],
-        "threshold": 2,
-    }
-    bad.append(short | {"envelope": seal(b"{}", PayloadType.KEYSET, [make.a_key("root")]).decode()})
-    for case in bad:
-        case["reason"] = opened(
-            str(case["envelope"]),
-            PayloadType(str(case["payload_type"])),
-            list(case["keys"]),
-            int(str(case["threshold"])),
-        )  # type: ignore[call-overload]
+    one_of_two = seal(b"{}", PayloadType.KEYSET, [make.a_key("root")]).decode()
+    bad = [bad_case(name, PayloadType.RECEIPT, ["runner"], 1, envelope) for name, envelope in bad_wrappers().items()]
+    bad.append(bad_case("one signature of two", PayloadType.KEYSET, ["root", "root2"], 2, one_of_two))
     weak = [(y | sign << 255).to_bytes(32, "little").hex() for y in sorted(SMALL_ORDER_Y) for sign in (0, 1)]
     return {
         "keys": key_table(),
@@ -219,7 +217,7 @@ def keysets() -> dict[str, object]:
             {"current": a, "candidate": b, "reason": replaces(sealed[a], sealed[b])} for a in sealed for b in sealed
         ],
         "admits": [
-            {"keyset": "second", "key": key, "role": role, "issued_ms": make.NOW_MS + at, "reason": admitted(documents["second"], key, role, make.NOW_MS + at)}
+            admission(documents["second"], key, role, make.NOW_MS + at)
             for key, role, at in queries
         ],
         "join": joins(),
@@ -236,10 +234,10 @@ def replaces(current: str, candidate: str) -> str | None:
     return None
 
 
-def admitted(keyset: Keyset, key: str, role: str, issued_ms: int) -> str | None:
-    """Why a key may not sign."""
+def admission(keyset: Keyset, key: str, role: str, issued_ms: int) -> dict[str, object]:
+    """Whether a key may sign, and why not."""
     reason = keyset.admits(make.a_key(key).key_id, Role(role), issued_ms)
-    return None if reason is None else str(reason)
+    return {"keyset": "second", "key": key, "role": role, "issued_ms": issued_ms, "reason": reason}
 
 
 def joins() -> list[dict[str, object]]:
@@ -310,11 +308,16 @@ def judgements() -> dict[str, object]:
         "keyset": json.loads(make.a_keyset().dump()),
         "cases": [judgement(name, seen, over) for name, seen, over in cases],
         "freshness": [
-            {"command": json.loads(make.a_command(**over).dump()), "now_ms": make.NOW_MS + at, "reason": freshness(make.a_command(**over), make.NOW_MS + at)}
+            window(make.a_command(**over), make.NOW_MS + at)
             for over, at in windows
         ],
         "reconcile": reconciliations(),
     }  # fmt: skip
+
+
+def window(command: Command, now_ms: int) -> dict[str, object]:
+    """Whether a command is judged in time."""
+    return {"command": json.loads(command.dump()), "now_ms": now_ms, "reason": freshness(command, now_ms)}
 
 
 def judgement(name: str, seen: Seen, over: dict[str, Any]) -> dict[str, object]:

@@ -19,13 +19,14 @@ from protocol.records import records as read
 BORN_NS = 1_795_000_000_000_000_000
 
 
-def reason_of(attempt: Callable[[], object]) -> str | None:
-    """Why something is refused."""
+def bad_case(name: str, data: bytes, reader: Callable[[bytes], object], place: str = "hex") -> dict[str, object]:
+    """Bytes that a reader refuses, and why."""
+    reason = None
     try:
-        attempt()
+        reader(data)
     except ProtocolError as refused:
-        return str(refused.reason)
-    return None
+        reason = str(refused.reason)
+    return {"name": name, place: data.hex(), "reason": reason}
 
 
 def frames() -> dict[str, object]:
@@ -44,10 +45,7 @@ def frames() -> dict[str, object]:
             {"channel": f.channel, "offset": str(f.offset), "data": bytes(f.data).hex(), "frame": encode_data(f).hex()}
             for f in good
         ],
-        "bad": [
-            {"name": name, "frame": data.hex(), "reason": reason_of(lambda data=data: decode_data(data))}  # type: ignore[misc]
-            for name, data in bad.items()
-        ],
+        "bad": [bad_case(name, data, decode_data, "frame") for name, data in bad.items()],
     }
 
 
@@ -74,9 +72,9 @@ def records() -> dict[str, object]:
         "end": base + len(second),
         "chain": hashlib.sha256(second).hexdigest(),
         "incomplete": {"hex": first[:-1].hex(), "records": told(first[:-1], 0)},
-        "damaged": [{"name": name, "hex": flipped(first, at).hex(), "reason": reason_of(lambda at=at: told(flipped(first, at), 0))} for name, at in damaged.items()],  # type: ignore[misc]
-        "headers": [{"name": name, "hex": data.hex(), "reason": reason_of(lambda data=data: decode_segment_header(data))} for name, data in headers.items()],  # type: ignore[misc]
-    }  # fmt: skip
+        "damaged": [bad_case(name, flipped(first, at), lambda data: told(data, 0)) for name, at in damaged.items()],
+        "headers": [bad_case(name, data, decode_segment_header) for name, data in headers.items()],
+    }
 
 
 def told(data: bytes, offset: int) -> list[dict[str, object]]:

@@ -38,7 +38,7 @@ RUNNER, PLANE = "runner", "plane"
 
 def transcripts() -> dict[str, object]:
     """Conversations by name; `from` says who speaks."""
-    conversations = {
+    conversations: dict[str, list[Line]] = {
         "enrolment": enrolment(),
         "handshake": handshake(Mark(), None),
         "a command, its receipt and its settlement": ordinary(),
@@ -112,7 +112,7 @@ def stored(out_seq: int) -> Reported:
 
 def ordinary() -> list[Line]:
     """Accepted at once, settled later."""
-    frame, digest = command(1, make.Mark().head)
+    frame, digest = command(1, Mark().head)
     said = make.a_settlement(cmd_digest=digest, started_ms=make.NOW_MS, ended_ms=make.NOW_MS + 5, duration_ms=5)
     body = seal(said.dump(), PayloadType.SETTLEMENT, [make.a_key("runner")]).decode()
     settlement = Report(items=[make.an_item(2, body, ItemKind.SETTLEMENT)])
@@ -127,7 +127,7 @@ def ordinary() -> list[Line]:
 
 def gap() -> list[Line]:
     """The first command is lost on the way, the second asks for it."""
-    first, first_digest = command(1, make.Mark().head)
+    first, first_digest = command(1, Mark().head)
     second, second_digest = command(2, first_digest)
     return [
         (PLANE, second),
@@ -141,7 +141,7 @@ def gap() -> list[Line]:
 
 def duplicate() -> list[Line]:
     """The same bytes have no second effect."""
-    frame, digest = command(1, make.Mark().head)
+    frame, digest = command(1, Mark().head)
     told = receipt(1, digest, 1)
     return [(PLANE, frame), (RUNNER, told), (PLANE, stored(1)), (PLANE, frame), (RUNNER, told), (PLANE, stored(1))]
 
@@ -174,7 +174,7 @@ def log() -> list[Line]:
 
 def refused() -> list[Line]:
     """A command for an older incarnation."""
-    frame, _digest = command(1, make.Mark().head)
+    frame, _digest = command(1, Mark().head)
     key = make.a_key("command")
     opened = open_envelope(frame.env.encode(), PayloadType.COMMAND, {key.key_id: key.public}, bytes)
     answer = Refused(digest=digest_of(opened.envelope), reason=Reason.STALE_INC, cmd_id="cmd_1")

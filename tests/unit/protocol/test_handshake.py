@@ -20,7 +20,7 @@ from protocol.handshake import (
 )
 from protocol.identity import HelloClaims, StreamMark
 from protocol.keyset import Revocation, RevokedFor, Role
-from protocol.messages import Bye, Challenge, Hello, Need, Proof, Welcome
+from protocol.messages import Bye, Challenge, Hello, Message, Need, Proof, Welcome
 from protocol.replay import Mark
 from tests.support.builders import (
     HOUR_MS,
@@ -238,7 +238,7 @@ def test_versions_must_meet() -> None:
 
 def test_a_message_out_of_turn_ends_the_handshake() -> None:
     """Every step of each side, with every message that its table does not name."""
-    messages = [Need(seq=1), Bye(reason=Reason.GOING_AWAY), Welcome(env="{}"), Proof(env="{}")]
+    messages: list[Message] = [Need(seq=1), Bye(reason=Reason.GOING_AWAY), Welcome(env="{}"), Proof(env="{}")]
     messages += [Challenge(nonce=a_nonce(), now_ms=1), Hello(org="o", runner="r", nonce=a_nonce())]
     for step in RunnerStep:
         for message in messages:

@@ -1,6 +1,7 @@
 """Named crash points: what arms them, when they trigger, and that nothing else does."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -34,6 +35,14 @@ def test_a_point_that_is_not_armed_does_nothing() -> None:
     """Every registered name may be passed freely."""
     for name in failpoints.NAMES:
         failpoints.hit(name)
+
+
+def test_every_point_in_the_code_can_be_armed() -> None:
+    """A name that is missing here could never be tested."""
+    sources = Path(failpoints.__file__).parent.rglob("*.py")
+    hits = {name for path in sources for name in re.findall(r'failpoints\.hit\("([^"]+)"\)', path.read_text())}
+    assert hits
+    assert hits <= failpoints.NAMES
 
 
 def test_the_environment_arms_at_import() -> None:

@@ -17,7 +17,7 @@ from protocol.replay import Mark
 from runner import failpoints
 from runner.adapters import journal as journal_module
 from runner.adapters import journal_rows
-from runner.adapters.journal import KEPT_MS, PRUNE_ROWS, QUEUED_MAX, Pruned, SqliteJournal, measure_fsync
+from runner.adapters.journal import KEPT_MS, PRUNE_ROWS, QUEUED_MAX, Pruned, SqliteJournal
 from runner.adapters.journal_schema import SCHEMA_VERSION
 from runner.core.journaling import (
     AppendLeaf,
@@ -80,7 +80,7 @@ async def test_what_was_committed_is_there_after_a_reopen(tmp_path: Path) -> Non
         assert await journal.load() == Image(
             marks={1: Mark(1, digest_of(b"1"))},
             commands=[
-                command(1, envelope=b"", receipt_seq=1),
+                command(1, receipt_seq=1),
                 command(2, seq=None, kind="execution.stop"),
             ],
             attempts=[full],
@@ -139,7 +139,9 @@ BEGUN = [PutCommand(command(1), 1), PutAttempt(attempt(1), 1), PutMark(1, Mark(5
         pytest.param(
             [PutSettlement(attempt(1).attempt, settlement(1), 2), PutAttempt(attempt(1), 3)], id="a settled one revived"
         ),
-        pytest.param([PutAttempt(attempt(1, state=AttemptState.SETTLED), 2)], id="settled without a settlement"),
+        pytest.param(
+            [PutAttempt(attempt(1, state=AttemptState.SETTLED), 2), PutAttempt(attempt(1), 3)], id="a closed one revived"
+        ),
     ],
 )
 async def test_a_broken_rule_breaks_the_journal_and_nothing_of_it_stays(tmp_path: Path, writes: list[Write]) -> None:
@@ -308,6 +310,20 @@ async def test_pruning_forgets_the_old_and_answered_only(tmp_path: Path) -> None
     assert rows(path, "SELECT count(*) FROM leaf") == [(2 * count + 3,)]
 
 
+async def test_the_envelope_of_a_living_attempt_is_kept(tmp_path: Path) -> None:
+    """Recovery may have to begin it again, receipted or not, however old; once it is settled the envelope goes."""
+    path = tmp_path / "journal.db"
+    async with SqliteJournal(path) as journal:
+        await journal.commit(
+            [PutCommand(command(1), 0), PutAttempt(attempt(1), 0), PutReceipt(digest_of(b"1"), item(1), 0)]
+        )
+        assert await journal.prune(KEPT_MS + 1) == Pruned(0, 0, 0)
+        assert (await journal.load()).commands == [command(1, receipt_seq=1)]
+        await journal.commit([PutSettlement(attempt(1).attempt, settlement(2), 0)])
+        assert (await journal.load()).commands == [command(1, receipt_seq=1, envelope=b"")]
+        assert await journal.prune(KEPT_MS + 1) == Pruned(1, 0, 0)
+
+
 async def test_the_file_is_private_and_durable_by_its_settings(tmp_path: Path) -> None:
     """0600 for it and its companions, whatever the umask was; WAL; no reserve left inside."""
     path = tmp_path / "journal.db"
@@ -371,22 +387,3 @@ async def test_what_is_no_journal_is_refused(tmp_path: Path, prepare: Callable[[
     with pytest.raises(JournalBroken):
         await journal.load()
     await journal.close()
-
-
-async def test_a_damaged_page_is_found_at_open(tmp_path: Path) -> None:
-    """Overwritten pages of the tables do not pass the check."""
-    path = tmp_path / "journal.db"
-    async with SqliteJournal(path) as journal:
-        await journal.commit([PutCommand(command(n), n) for n in range(1, 200)])
-    (page,) = rows(path, "SELECT rootpage FROM sqlite_schema WHERE name = 'command'")[0]
-    with path.open("r+b") as file:
-        file.seek((page - 1) * 4096)
-        file.write(b"\xa5" * 4096)
-    with pytest.raises(JournalBroken):
-        await SqliteJournal(path).open()
-
-
-def test_fsync_is_measured(tmp_path: Path) -> None:
-    """Times in milliseconds; nothing stays behind."""
-    assert all(0 < sample < 10_000 for sample in measure_fsync(tmp_path))
-    assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The journal against kill -9, files that cannot grow and full disks, in processes of their own."""
+"""The journal against kill -9, files that cannot grow, full disks and damaged ones."""
 
 import os
 import resource
@@ -11,7 +11,10 @@ import pytest
 
 from protocol.errors import Reason
 from runner import failpoints
-from tests.unit.runner.journalrows import whole
+from runner.adapters.journal import SqliteJournal, measure_fsync
+from runner.core.journaling import PutCommand
+from runner.errors import JournalBroken
+from tests.unit.runner.journalrows import command, rows, whole
 
 TOP = str(Path(__file__).parents[3])
 
@@ -146,3 +149,22 @@ def test_a_full_disk_lets_it_finish_its_sentences(tmp_path: Path) -> None:
     assert int(acknowledged) > 300
     # A daemon that starts on the full disk finds all of it, and so does one that starts when there is room again.
     assert there == [acknowledged, acknowledged]
+
+
+async def test_a_damaged_page_is_found_at_open(tmp_path: Path) -> None:
+    """Overwritten pages of the tables do not pass the check."""
+    path = tmp_path / "journal.db"
+    async with SqliteJournal(path) as journal:
+        await journal.commit([PutCommand(command(n), n) for n in range(1, 200)])
+    (page,) = rows(path, "SELECT rootpage FROM sqlite_schema WHERE name = 'command'")[0]
+    with path.open("r+b") as file:
+        file.seek((page - 1) * 4096)
+        file.write(b"\xa5" * 4096)
+    with pytest.raises(JournalBroken):
+        await SqliteJournal(path).open()
+
+
+def test_fsync_is_measured(tmp_path: Path) -> None:
+    """Times in milliseconds; nothing stays behind."""
+    assert all(0 < sample < 10_000 for sample in measure_fsync(tmp_path))
+    assert list(tmp_path.iterdir()) == []

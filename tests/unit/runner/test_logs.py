@@ -5,6 +5,7 @@ import logging
 import pickle
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import structlog
@@ -56,6 +57,15 @@ def stderr(capsys: pytest.CaptureFixture[str]) -> Iterator[Lines]:
 def test_every_event_is_a_noun_and_a_past_verb() -> None:
     """The names have one form."""
     assert all(re.fullmatch(r"[a-z]+\.[a-z_]+", name) for name in logs.EVENTS)
+
+
+def test_every_event_in_the_code_is_registered() -> None:
+    """Notes of the engine, and what the daemon says itself."""
+    said = re.compile(r'(?:\bNote|log\.(?:debug|info|warning|error))\(\s*"([^"]+)"')
+    sources = Path(logs.__file__).parent.rglob("*.py")
+    names = {name for path in sources for name in said.findall(path.read_text())}
+    assert names
+    assert names <= logs.EVENTS
 
 
 def test_a_line_is_one_json_object(stderr: Lines) -> None:

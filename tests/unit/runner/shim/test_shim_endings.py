@@ -13,6 +13,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -258,7 +259,7 @@ def test_two_megabytes_need_no_listener(start_shim: StartShim) -> None:
     assert shim.log().stdout == bytes(2_000_000)
 
 
-BAD_SPECS = {
+BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
     "higher_version": ({"v": 2}, "version"),
     "true_is_no_version": ({"v": True}, "version"),
     "empty_argv": ({"argv": []}, "argv"),

@@ -1,0 +1,377 @@
+"""The pure rules: numbering, meeting, receipts, settlements, renewals."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from controlplane import dispatcher, orders
+from controlplane.dispatcher import Living
+from controlplane.orders import Address
+from controlplane.rows import (
+    ExecutionRow,
+    ExecutionState,
+    IntentRow,
+    IntentState,
+    RunnerRow,
+    WorktreeRow,
+    WorktreeState,
+)
+from protocol.commands import Command, Kind, parse_args
+from protocol.envelope import digest_of
+from protocol.errors import Reason
+from protocol.identity import HelloClaims, StreamMark
+from protocol.ids import GENESIS, Digest
+from protocol.messages import HeldLease
+from protocol.receipt import Cause, Outcome, Receipt, Settlement, Verdict
+from protocol.replay import Mark
+
+NOW = 1_795_000_000_000
+DAY_MS = 24 * 60 * 60 * 1000
+ADDRESS = Address(org="org", runner="rn", inc=3, keyset_min=2)
+A, B, C = (Digest(digest_of(name)) for name in (b"a", b"b", b"c"))
+
+
+def an_intent(cmd_id: str = "cm_1", kind: Kind = Kind.EXECUTION_START, **over: Any) -> IntentRow:
+    """A queued intent."""
+    args = {
+        Kind.EXECUTION_START: {
+            "execution_id": "ex_1",
+            "start_token": 1,
+            "argv": ["true"],
+            "cwd": {"type": "path", "path": "/srv"},
+        },
+        Kind.EXECUTION_STOP: {"target": {"type": "attempt", "execution_id": "ex_1", "start_token": 1}},
+        Kind.WORKTREE_CREATE: {"worktree_id": "wt_1", "repo": "/srv/r", "base": "main"},
+        Kind.WORKTREE_REMOVE: {"worktree_id": "wt_1"},
+    }[kind]
+    fields: dict[str, Any] = {
+        "cmd_id": cmd_id,
+        "runner_id": "rn",
+        "kind": kind,
+        "subject": "wt_1" if kind.startswith("worktree") else "ex_1",
+        "args": json.dumps(args).encode(),
+        "lease": None,
+        "state": IntentState.QUEUED,
+        "created_ms": NOW,
+        "expires_ms": NOW + DAY_MS,
+    }
+    return IntentRow(**(fields | over))
+
+
+def an_execution(**over: Any) -> ExecutionRow:
+    """A sent execution."""
+    fields: dict[str, Any] = {
+        "id": "ex_1",
+        "runner_id": "rn",
+        "start_token": 1,
+        "state": ExecutionState.SENT,
+        "cmd_id": "cm_1",
+        "created_ms": NOW,
+    }
+    return ExecutionRow(**(fields | over))
+
+
+def a_worktree(state: WorktreeState) -> WorktreeRow:
+    """A worktree."""
+    return WorktreeRow(
+        id="wt_1", runner_id="rn", state=state, repo="/srv/r", base="main", cmd_id="cm_1", created_ms=NOW
+    )
+
+
+def a_receipt(outcome: Outcome, **over: Any) -> Receipt:
+    """A receipt of cm_1."""
+    fields: dict[str, Any] = {
+        "org": "org",
+        "runner": "rn",
+        "inc": 3,
+        "cmd_id": "cm_1",
+        "cmd_digest": A,
+        "kind": Kind.EXECUTION_START,
+        "seq": 1,
+        "outcome": outcome,
+        "policy_digest": A,
+        "keyset_version": 1,
+        "at_ms": NOW,
+    }
+    return Receipt(**(fields | over))
+
+
+def a_settlement(**over: Any) -> Settlement:
+    """A settlement of ex_1.1."""
+    fields: dict[str, Any] = {
+        "org": "org",
+        "runner": "rn",
+        "inc": 3,
+        "execution_id": "ex_1",
+        "start_token": 1,
+        "cmd_id": "cm_1",
+        "cmd_digest": A,
+        "verdict": Verdict.EXITED,
+        "code": 3,
+        "cause": Cause(kind="none"),
+        "policy_digest": A,
+        "at_ms": NOW,
+    }
+    return Settlement(**(fields | over))
+
+
+def numbered(*intents: IntentRow, room: int = 10, safety_room: int = 10, now_ms: int = NOW) -> orders.Numbered:
+    """Number behind mark 7."""
+    return orders.number(
+        intents, ctl=Mark(7, A), room=room, safety_room=safety_room, address=ADDRESS, now_ms=now_ms
+    )
+
+
+class TestNumbering:
+    """Intents become a chain."""
+
+    def test_numbers_rise_by_one_and_each_names_the_payload_before(self) -> None:
+        """seq is gapless, prev is the digest of the payload before."""
+        done = numbered(an_intent("cm_1"), an_intent("cm_2"), an_intent("cm_3"))
+        commands = [Command.parse(row.payload) for row in done.commands]
+        assert [command.seq for command in commands] == [8, 9, 10]
+        assert [command.prev for command in commands] == [A, done.commands[0].digest, done.commands[1].digest]
+        assert done.ctl == Mark(10, done.commands[2].digest)
+
+    def test_a_command_is_what_its_intent_says(self) -> None:
+        """Address, keyset and arguments arrive in the payload; ctl lives ten minutes."""
+        command = Command.parse(numbered(an_intent()).commands[0].payload)
+        assert (command.aud.org, command.aud.runner, command.aud.inc, command.keyset_min) == ("org", "rn", 3, 2)
+        assert command.exp - command.iat == 600_000
+        assert parse_args(command)
+
+    def test_an_expired_intent_is_never_numbered(self) -> None:
+        """It is told apart, and takes no number."""
+        done = numbered(an_intent("cm_old", expires_ms=NOW), an_intent("cm_new"))
+        assert [row.cmd_id for row in done.expired] == ["cm_old"]
+        assert [(row.cmd_id, row.seq) for row in done.commands] == [("cm_new", 8)]
+
+    def test_room_bounds_the_numbered_and_not_the_stops(self) -> None:
+        """A full window holds starts back, a stop goes."""
+        done = numbered(an_intent("cm_1"), an_intent("cm_2", Kind.EXECUTION_STOP), room=0)
+        assert [(row.cmd_id, row.seq) for row in done.commands] == [("cm_2", None)]
+        assert Command.parse(done.commands[0].payload).exp == NOW + DAY_MS
+
+    def test_a_cancelled_intent_cannot_be_numbered_by_mistake(self) -> None:
+        """Handing one over is a defect of ours."""
+        with pytest.raises(AssertionError):
+            numbered(an_intent(state=IntentState.CANCELLED))
+
+
+def a_runner(**over: Any) -> RunnerRow:
+    """A runner in incarnation 3, sent up to 7 = A."""
+    fields: dict[str, Any] = {
+        "id": "rn",
+        "name": "laptop",
+        "x": "x",
+        "seal_x": "s",
+        "labels": {},
+        "living": True,
+        "inc": 3,
+        "certificate": "",
+        "ctl": Mark(7, A),
+        "acked_hw": 5,
+        "out_hw": 20,
+    }
+    return RunnerRow(**(fields | over))
+
+
+def a_hello(hw: int, head: str, inc: int = 3, out_head: int = 20) -> HelloClaims:
+    """A hello with this mark."""
+    return HelloClaims(
+        org="org",
+        runner="rn",
+        inc=inc,
+        nonce_plane="n" * 43,
+        nonce_runner="n" * 43,
+        boot_id="b",
+        ctl=StreamMark(hw=hw, head=head),
+        out_head=out_head,
+        keyset_version=1,
+        policy_digest=A,
+        version="1",
+        platform="linux",
+    )
+
+
+class TestMeeting:
+    """What becomes of two histories."""
+
+    def test_the_same_history_goes_on(self) -> None:
+        """The runner is behind, the plane keeps its own mark and tells the runner's."""
+        meeting = dispatcher.meet(a_runner(), a_hello(6, B), B)
+        assert (meeting.inc, meeting.told, meeting.ctl) == (3, Mark(6, B), Mark(7, A))
+        assert not meeting.reborn
+        assert not meeting.requeue
+
+    def test_a_plane_from_a_backup_jumps_to_the_runners_mark(self) -> None:
+        """Numbers it does not know are the runner's word, signed."""
+        meeting = dispatcher.meet(a_runner(), a_hello(9, C), None)
+        assert (meeting.told, meeting.ctl, meeting.reborn) == (Mark(9, C), Mark(9, C), False)
+
+    def test_another_digest_under_a_known_number_is_a_fork(self) -> None:
+        """A new incarnation begins at zero, and what was sent is asked again."""
+        meeting = dispatcher.meet(a_runner(), a_hello(7, C), A)
+        assert (meeting.inc, meeting.told, meeting.ctl) == (4, Mark(), Mark())
+        assert meeting.reborn
+        assert meeting.requeue
+
+    def test_a_runner_that_forgot_what_it_acked_is_a_fork(self) -> None:
+        """A restored snapshot: below its own word."""
+        assert dispatcher.meet(a_runner(), a_hello(4, B), B).reborn
+
+    def test_a_runner_that_missed_its_new_certificate_gets_another(self) -> None:
+        """An older incarnation can only be told to begin anew."""
+        meeting = dispatcher.meet(a_runner(), a_hello(7, A, inc=2), None)
+        assert (meeting.inc, meeting.reborn) == (4, True)
+
+    def test_a_plane_from_before_a_fork_takes_the_runners_incarnation(self) -> None:
+        """Only our certificate can have raised it."""
+        meeting = dispatcher.meet(a_runner(), a_hello(2, C, inc=5), None)
+        assert (meeting.inc, meeting.told, meeting.ctl, meeting.reborn) == (5, Mark(2, C), Mark(2, C), False)
+        assert meeting.requeue
+
+    def test_a_shorter_outbox_moves_the_mark_back(self) -> None:
+        """A runner that lost items numbers others with their numbers: they must be asked for."""
+        assert dispatcher.meet(a_runner(), a_hello(7, A, out_head=4), A).out_hw == 4
+
+
+SENT = an_intent(state=IntentState.SENT, signed_times=1)
+
+
+class TestReceipts:
+    """A receipt answers an intent, once."""
+
+    def test_accepted_means_running(self) -> None:
+        """The execution runs, the intent is answered."""
+        change = dispatcher.receipted(SENT, an_execution(), a_receipt(Outcome.ACCEPTED), "{}")
+        assert change.intent is not None
+        assert change.intent.state is IntentState.RECEIPTED
+        assert change.execution is not None
+        assert change.execution.state is ExecutionState.RUNNING
+
+    def test_refused_ends_it_with_the_reason(self) -> None:
+        """Our failure is 125."""
+        receipt = a_receipt(Outcome.REFUSED, reason=Reason.POLICY_DENIED)
+        row = dispatcher.receipted(SENT, an_execution(), receipt, "{}").execution
+        assert row is not None
+        assert (row.state, row.reason, row.exit_status) == (ExecutionState.REFUSED, "POLICY_DENIED", 125)
+
+    def test_a_second_receipt_changes_nothing(self) -> None:
+        """An answered intent stays answered."""
+        done = replace(SENT, state=IntentState.RECEIPTED)
+        receipt = a_receipt(Outcome.REFUSED, reason=Reason.EXPIRED)
+        assert dispatcher.receipted(done, an_execution(), receipt, "{}") == dispatcher.Change()
+
+    @pytest.mark.parametrize("reason", [Reason.IDEMPOTENCY_MISMATCH, Reason.DUPLICATE_ATTEMPT])
+    def test_a_refusal_that_knows_the_first_form_changes_nothing(self, reason: Reason) -> None:
+        """The first form's own receipt or settlement is still to come and counts."""
+        receipt = a_receipt(Outcome.REFUSED, reason=reason)
+        assert dispatcher.receipted(SENT, an_execution(), receipt, "{}") == dispatcher.Change()
+
+    def test_a_receipt_reaches_an_intent_that_was_never_sent_from_here(self) -> None:
+        """A restored plane still has it queued: done, before it could be sent a second time."""
+        change = dispatcher.receipted(
+            an_intent(), an_execution(state=ExecutionState.QUEUED), a_receipt(Outcome.ACCEPTED), "{}"
+        )
+        assert change.intent is not None
+        assert change.intent.state is IntentState.RECEIPTED
+
+    def test_an_unknown_start_is_made_from_its_receipt(self) -> None:
+        """The plane forgot it, the runner did not."""
+        receipt = a_receipt(Outcome.ACCEPTED, result={"execution_id": "ex_9", "start_token": 2})
+        row = dispatcher.receipted(None, None, receipt, "{}").execution
+        assert row is not None
+        assert (row.id, row.start_token, row.state) == ("ex_9", 2, ExecutionState.RUNNING)
+
+    def test_a_worktree_is_ready_where_the_receipt_says(self) -> None:
+        """Path, head and branch come from the result."""
+        receipt = a_receipt(Outcome.DONE, result={"path": "/w", "head": "f" * 40, "branch": "b"})
+        intent = an_intent(kind=Kind.WORKTREE_CREATE, state=IntentState.SENT)
+        row = dispatcher.receipted(intent, a_worktree(WorktreeState.CREATING), receipt, "{}").worktree
+        assert row is not None
+        assert (row.state, row.path, row.branch) == (WorktreeState.READY, "/w", "b")
+
+    def test_a_refused_removal_leaves_it_ready_and_says_why(self) -> None:
+        """Nothing was removed."""
+        receipt = a_receipt(Outcome.REFUSED, reason=Reason.WORKTREE_DIRTY)
+        intent = an_intent(kind=Kind.WORKTREE_REMOVE, state=IntentState.SENT)
+        row = dispatcher.receipted(intent, a_worktree(WorktreeState.REMOVING), receipt, "{}").worktree
+        assert row is not None
+        assert (row.state, row.reason) == (WorktreeState.READY, "WORKTREE_DIRTY")
+
+
+class TestSettlements:
+    """An attempt settles once."""
+
+    def test_the_first_counts(self) -> None:
+        """State, status and text."""
+        row = dispatcher.settled(SENT, an_execution(), a_settlement(), A, "{}").execution
+        assert row is not None
+        assert (row.state, row.exit_status, row.settlement_digest) == (ExecutionState.SETTLED, 3, A)
+
+    def test_a_second_different_one_is_told_and_changes_nothing(self) -> None:
+        """Compare and set."""
+        done = an_execution(state=ExecutionState.SETTLED, settlement="{}", settlement_digest=A)
+        change = dispatcher.settled(SENT, done, a_settlement(code=0), B, "{}")
+        assert change.execution is None
+        assert change.conflict
+        assert not dispatcher.settled(SENT, done, a_settlement(), A, "{}").conflict
+
+    def test_one_of_another_attempt_settles_nothing(self) -> None:
+        """A predecessor never ends its successor."""
+        change = dispatcher.settled(SENT, an_execution(start_token=2), a_settlement(), A, "{}")
+        assert change.execution is None
+        assert change.intent is None
+
+    def test_it_outranks_our_guess(self) -> None:
+        """Cancelled by us, run by the runner: what happened counts."""
+        row = dispatcher.settled(None, an_execution(state=ExecutionState.CANCELLED), a_settlement(), A, "{}").execution
+        assert row is not None
+        assert row.state is ExecutionState.SETTLED
+
+    def test_its_start_is_not_sent_again(self) -> None:
+        """An attempt that ended was started, also where the receipt is still to come."""
+        change = dispatcher.settled(an_intent(), an_execution(), a_settlement(), A, "{}")
+        assert change.intent is not None
+        assert change.intent.state is IntentState.RECEIPTED
+
+    def test_one_of_an_unknown_execution_makes_the_row(self) -> None:
+        """Restored from a backup: evidence is never thrown away."""
+        row = dispatcher.settled(None, None, a_settlement(), A, "{}").execution
+        assert row is not None
+        assert (row.id, row.state) == ("ex_1", ExecutionState.SETTLED)
+
+
+class TestBeats:
+    """Renewals and hints."""
+
+    LIVING = {"exec:ex_1": Living("ex_1", 4, None)}
+
+    @pytest.mark.parametrize(
+        ("res", "token", "reason"),
+        [
+            ("exec:ex_1", 4, None),
+            ("exec:ex_1", 3, Reason.FENCED),
+            ("exec:ex_1", 5, Reason.UNKNOWN_TARGET),
+            ("exec:ex_2", 4, Reason.UNKNOWN_TARGET),
+        ],
+    )
+    def test_only_the_current_token_is_renewed(self, res: str, token: int, reason: Reason | None) -> None:
+        """A lower one is fenced, what we did not grant is unknown."""
+        (answer,) = dispatcher.renew([HeldLease(res=res, token=token)], self.LIVING)
+        assert answer.reason == reason
+        assert (answer.ttl_ms is not None) == (reason is None)
+
+    def test_a_hint_names_the_signed_stop(self) -> None:
+        """Only where one was asked for."""
+        (hint,) = dispatcher.hints([Living("ex_1", 4, "cm_9"), Living("ex_2", 1, None)])
+        assert (hint.attempt, hint.want, hint.cmd_id) == ("ex_1.4", "stop", "cm_9")
+
+
+def test_genesis_is_where_a_new_incarnation_starts() -> None:
+    """The first command of a stream names it."""
+    done = orders.number([an_intent()], ctl=Mark(), room=1, safety_room=0, address=ADDRESS, now_ms=NOW)
+    assert Command.parse(done.commands[0].payload).prev == GENESIS
