@@ -1,5 +1,7 @@
 """What a request to the control plane can be refused for; the reason is stable text that clients match on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from http import HTTPStatus
 
@@ -72,3 +74,15 @@ class StoreFailed(RequestRefused):
 
 class StartRefused(ControlPlaneError):
     """The control plane cannot start here; the text names the file and what to do."""
+
+
+@contextmanager
+def ungrouped() -> Iterator[None]:
+    """Let a lone exception out of the group that a task group puts it in, so that callers can catch what is documented."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        lone: BaseException = group
+        while isinstance(lone, BaseExceptionGroup) and len(lone.exceptions) == 1:
+            lone = lone.exceptions[0]
+        raise lone from lone.__cause__

@@ -18,7 +18,7 @@ import structlog
 from controlplane import hearing, logread, store, tables, views
 from controlplane.database import Database
 from controlplane.desk import Desk
-from controlplane.errors import Fault, RequestRefused, StoreFailed
+from controlplane.errors import Fault, RequestRefused, StoreFailed, ungrouped
 from controlplane.gateway import Gateway
 from controlplane.keys import lock_directory, open_keys
 from controlplane.ledger import Clock, Entropy, Ledger
@@ -69,16 +69,17 @@ class ControlPlane(Desk):
             ledger.load(data_dir / "logs")
             plane = cls(ledger)
             try:
-                async with anyio.create_task_group() as tasks:
-                    await tasks.start(ledger.logs.run)
-                    tasks.start_soon(plane._every, LAST_SEEN_FLUSH_MS, plane._flush_seen)
-                    tasks.start_soon(plane._every, EXPIRY_SWEEP_MS, plane._expire)
-                    tasks.start_soon(plane._every, KEYSET_CHECK_MS, plane.renew_keyset)
-                    try:
-                        yield plane
-                    finally:
-                        plane.end_sessions()
-                        tasks.cancel_scope.cancel()
+                with ungrouped():
+                    async with anyio.create_task_group() as tasks:
+                        await tasks.start(ledger.logs.run)
+                        tasks.start_soon(plane._every, LAST_SEEN_FLUSH_MS, plane._flush_seen)
+                        tasks.start_soon(plane._every, EXPIRY_SWEEP_MS, plane._expire)
+                        tasks.start_soon(plane._every, KEYSET_CHECK_MS, plane.renew_keyset)
+                        try:
+                            yield plane
+                        finally:
+                            plane.end_sessions()
+                            tasks.cancel_scope.cancel()
             finally:
                 with anyio.CancelScope(shield=True):
                     await plane._close()

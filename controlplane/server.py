@@ -17,7 +17,7 @@ import structlog
 import uvicorn
 import uvloop
 
-from controlplane.errors import StartRefused
+from controlplane.errors import StartRefused, ungrouped
 from controlplane.limits import SHUTDOWN_GRACE_S, WS_PING_S
 from controlplane.plane import ControlPlane
 from controlplane.rest import make_app
@@ -101,14 +101,15 @@ async def run_embedded(plane: ControlPlane, host: str = "127.0.0.1", port: int =
         )
     )
     try:
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(server.serve, [listener])
-            await server.listening.wait()
-            try:
-                yield bound
-            finally:
-                plane.end_sessions()
-                server.should_exit = True
+        with ungrouped():
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(server.serve, [listener])
+                await server.listening.wait()
+                try:
+                    yield bound
+                finally:
+                    plane.end_sessions()
+                    server.should_exit = True
     finally:
         listener.close()
 

@@ -25,6 +25,7 @@ FSYNC_P99_MS_MAX: Final = 50.0
 """Every command waits for two commits; beyond this the disk is what a user waits for."""
 CONNECT_TIMEOUT_S: Final = 5.0
 NONCE_BYTES: Final = 32
+JOURNAL_NAME: Final = "journal.db"
 _NO_SETTINGS: Final = "the settings cannot be read"
 _NO_IDENTITY: Final = "not enrolled"
 _ENROLL: Final = "runner enroll JOIN-STRING"
@@ -123,7 +124,7 @@ def journal(scene: Scene) -> Measured:
     """R007: the journal is whole and its disk is quick."""
     from runner.adapters.journal import measure_fsync
 
-    path = scene.settings.state_dir / "journal.db"
+    path = scene.settings.state_dir / JOURNAL_NAME
     if not path.exists():
         return skip(f"{path} is not there yet")
     try:

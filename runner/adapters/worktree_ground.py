@@ -22,6 +22,8 @@ from runner.ports import Clock, Tools
 
 STAGED: Final = ".new-"
 """Before the id of a managed directory that has no marker yet; no id begins with a dot."""
+UNDO_FROM: Final = 50
+"""Steps of an undoing are numbered above those of the making: a name is never used twice by one command."""
 _T = TypeVar("_T")
 
 
@@ -67,9 +69,9 @@ class Ground:
 class Writing:
     """The writing verbs of one command in one repository, under its locks; numbers them for the tools."""
 
-    def __init__(self, ground: Ground, cmd_id: str, git_dir: str, locks: Sequence[int]) -> None:
+    def __init__(self, ground: Ground, cmd_id: str, git_dir: str, locks: Sequence[int], number: int = 0) -> None:
         self._ground, self._cmd_id, self._git_dir, self._locks = ground, cmd_id, git_dir, locks
-        self._number = 0
+        self._number = number
 
     async def run(self, verb: str, argv: list[str]) -> None:
         """Run one verb under a shim. Raises Broken(GIT_FAILED | DISK_FULL)."""

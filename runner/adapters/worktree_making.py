@@ -28,7 +28,7 @@ from runner.adapters.repositories import (
     registration,
     was_born_as,
 )
-from runner.adapters.worktree_ground import STAGED, Ground, Writing, is_checkout
+from runner.adapters.worktree_ground import STAGED, UNDO_FROM, Ground, Writing, is_checkout
 from runner.core.plans import WorktreeMade, WorktreePlan
 from runner.core.refnames import checkout_name
 from runner.errors import Broken, Refused, RunnerError
@@ -179,7 +179,7 @@ class Making:
         if not await ground.do(os.path.isdir, owner.git_dir):
             return
         async with ground.locks.repository(owner.git_dir) as repo_lock:
-            writing = Writing(ground, f"{owner.cmd_id}-undo", owner.git_dir, [self._lock, repo_lock])
+            writing = Writing(ground, owner.cmd_id, owner.git_dir, [self._lock, repo_lock], UNDO_FROM)
             await writing.forget(ground.checkout(owner))
             if owner.branch is None or await ground.git.branch(owner.git_dir, owner.branch) != owner.head:
                 return

@@ -10,9 +10,9 @@ Rule 3: a cancellation is treated as a crash: what is half made stays for the sa
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import anyio
 
@@ -38,6 +38,8 @@ TRASH_IDLE_MS: Final = 30_000
 """Deleting right before creating makes a checkout three to eight times slower on ext4, so the trash waits for a pause."""
 TRASH_WAIT_MS: Final = 300_000
 """A runner that is never idle must still get its disk back."""
+
+_T = TypeVar("_T")
 
 
 class GitWorktrees:
@@ -128,24 +130,28 @@ class GitWorktrees:
 
     async def sweep_trash(self) -> list[str]:
         """Delete everything in the trash, also what an earlier daemon left; says what could not be deleted, and why."""
-        ground, faults = self._ground, []
+        ground = self._ground
+        faults: list[str] = []
+
+        async def attempt(work: Callable[..., Coroutine[Any, Any, _T]], *args: object) -> _T | None:
+            try:
+                return await work(*args)
+            except Broken as exc:
+                faults.append(exc.detail)
+                return None
+
         async with self._sweeping:
-            for name in await ground.do(self._staged):
-                async with ground.locks.worktree(name.removeprefix(STAGED)):
-                    if await ground.do(os.path.lexists, ground.home / name):
-                        await ground.throw(name, name)
-            for entry in await ground.do(ground.trash.entries):
-                try:
-                    await ground.trash.delete(entry, ground.threads)
-                except Broken as exc:
-                    faults.append(exc.detail)
-            await ground.do(prune_removals, ground.records)
+            for name in await attempt(ground.do, self._staged) or []:
+                await attempt(self._throw_staged, name)
+            for entry in await attempt(ground.do, ground.trash.entries) or []:
+                await attempt(ground.trash.delete, entry, ground.threads)
+            await attempt(ground.do, prune_removals, ground.records)
         return faults
 
     async def keep_trash_empty(self, complain: Callable[[str], None]) -> None:
         """Sweep whenever something was thrown away and nothing was made for a while; runs until it is cancelled.
 
-        `complain` hears of what could not be deleted. Raises Broken when the trash itself cannot be read.
+        `complain` hears of what could not be deleted.
         """
         while True:
             await self._thrown.wait()
@@ -179,6 +185,12 @@ class GitWorktrees:
             for owner in found
             if isinstance(owner, Owner) and owner.runner == self._ground.runner and owner.state is State.CREATING
         ]
+
+    async def _throw_staged(self, name: str) -> None:
+        """Throw away a managed directory that never got its marker: nobody is at it who does not hold its lock."""
+        async with self._ground.locks.worktree(name.removeprefix(STAGED)):
+            if await self._ground.do(os.path.lexists, self._ground.home / name):
+                await self._ground.throw(name, name)
 
     def _staged(self) -> list[str]:
         return [name for name in os.listdir(self._ground.home) if name.startswith(STAGED)]

@@ -5,17 +5,17 @@ Then the world heals, and everything must come to its end within a bound.
 
 Hand mutants, each tried, with what went red:
 1. `replay._numbered` without the `prev` check: test_a_command_of_a_forgotten_history_is_not_taken.
-2. `replay.judge` without the Duplicate branch: heals (a stop that comes twice has two receipts).
-3. `replay.judge` answers Duplicate by `cmd_id` alone: KeyError or heals (a second payload never has a receipt).
-4. `reconcile` without the `acked_hw` check: connect ("two histories went on as one"), in the second story below.
+2. `replay.judge` without the Duplicate branch: teardown (a stop that comes twice has two receipts).
+3. `replay.judge` answers Duplicate by `cmd_id` alone: teardown (a second payload never has a receipt).
+4. `reconcile` without the `acked_hw` check: test_a_runner_that_is_older_than_its_own_word_begins_anew.
 5. `reconcile` without the `out_head` check: connect, or store ("two items under one number").
-6. `PlaneSession.outgoing` goes back to `first.seq + 1`: heals (the lost number is never sent again).
-7. `PlaneSession.receipted` does nothing for `seq is None`: heals (a stop goes out for ever).
-8. `RunnerSession.receive` forgets all that waits at any answer: heals (an item is never stored).
-9. `RunnerSession.outgoing` never repeats: heals (the same, when a report was lost).
-10. `PlaneSession.consumed` takes `hw + 1`: acked_is_consumed.
-11. `replay.after` forgets the digests of ids: each_command_once (a second payload has a second effect).
-12. `reconcile` without comparing the digest at the mark: connect, in the last story.
+6. `reconcile` without comparing the digest at the mark: test_two_histories_under_one_number_end_in_a_new_incarnation.
+7. `PlaneSession.outgoing` goes back to `first.seq + 1`: test_what_is_lost_is_sent_again_within_a_session.
+8. `PlaneSession.receipted` does nothing for `seq is None`: quiet (a stop goes out for ever).
+9. `PlaneSession.consumed` takes `hw + 1`: acked_is_consumed.
+10. `RunnerSession.receive` forgets all that waits at any answer: teardown (an item is never stored).
+11. `RunnerSession.outgoing` never repeats: test_what_is_lost_is_sent_again_within_a_session.
+12. `replay.after` forgets the digests of ids: each_command_once (a second payload has a second effect).
 """
 
 import copy
@@ -226,7 +226,7 @@ class Sessions(RuleBasedStateMachine):
 
 
 Sessions.TestCase.settings = settings(
-    settings.get_profile("check"), max_examples=150, stateful_step_count=60, deadline=None
+    max_examples=max(150, settings().max_examples), stateful_step_count=max(60, settings().stateful_step_count)
 )
 TestSessions = pytest.mark.slow(Sessions.TestCase)
 
@@ -327,3 +327,20 @@ def test_two_histories_under_one_number_end_in_a_new_incarnation() -> None:
     assert (world.runner.inc, world.runner.chain) == (2, [])
     settle(world)
     assert world.runner.effects == ["cmd_1", "old_2", "new_2"]
+
+
+def test_what_is_lost_is_sent_again_within_a_session() -> None:
+    """1. A command is lost on the way, and then its receipt. 2. Nothing else happens. 3. After a silence each goes again, once."""
+    world = a_world(1)
+    world.plane.intents.append(Intent("cmd_2", safety=False))
+    world.plane_sends()
+    world.to_runner.clear()
+    world.now_ms += RETRY_MS
+    world.plane_sends()
+    world.to_the_runner(world.to_runner.pop())
+    world.runner_sends(beat=False)
+    world.to_plane.clear()
+    world.now_ms += RETRY_MS
+    settle(world)
+    assert world.runner.effects == ["cmd_1", "cmd_2"]
+    assert world.plane.receipted_ids == {"cmd_1", "cmd_2"}

@@ -2,9 +2,10 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 
@@ -31,12 +32,10 @@ class Running:
     port: int
     http: httpx.AsyncClient
     clock: Moved
-    posts: int = field(default=0)
 
     async def post(self, path: str, body: dict[str, Any] | None = None, key: str | None = None) -> httpx.Response:
         """POST under a fresh Idempotency-Key, or under `key`."""
-        self.posts += 1
-        headers = {"Idempotency-Key": key or f"test-{self.posts}"}
+        headers = {"Idempotency-Key": key or uuid4().hex}
         return await self.http.post(path, json=body or {}, headers=headers)
 
     async def get(self, path: str, **params: Any) -> Any:
@@ -65,7 +64,10 @@ class Running:
 async def running(directory: Path, *, port: int = 0, clock: Moved | None = None) -> AsyncIterator[Running]:
     """Serve the control plane of `directory`."""
     clock = clock or Moved()
-    async with ControlPlane.open(directory, clock=clock, beat_ms=1000) as plane, run_embedded(plane, port=port) as bound:
+    async with (
+        ControlPlane.open(directory, clock=clock, beat_ms=1000) as plane,
+        run_embedded(plane, port=port) as bound,
+    ):
         headers = {"Authorization": f"Bearer {plane.keys.admin_token}"}
         url = f"http://127.0.0.1:{bound}"
         async with httpx.AsyncClient(base_url=url, headers=headers, timeout=20, trust_env=False) as http:

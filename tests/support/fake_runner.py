@@ -1,10 +1,10 @@
 """A runner that does what a test tells it to, over a real WebSocket, built from `protocol` alone.
 
-    runner = await FakeRunner.enrol(join)
-    async with runner.connect(port) as line:
-        command = await line.command()
-        await line.report(runner.accepted(command))
-        await line.report(runner.ended(command, code=0))
+runner = await FakeRunner.enrol(join)
+async with runner.connect(port) as line:
+    command = await line.command()
+    await line.report(runner.accepted(command))
+    await line.report(runner.ended(command, code=0))
 """
 
 from collections.abc import AsyncIterator, Sequence

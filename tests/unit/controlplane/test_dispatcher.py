@@ -119,9 +119,7 @@ def a_settlement(**over: Any) -> Settlement:
 
 def numbered(*intents: IntentRow, room: int = 10, safety_room: int = 10, now_ms: int = NOW) -> orders.Numbered:
     """Number behind mark 7."""
-    return orders.number(
-        intents, ctl=Mark(7, A), room=room, safety_room=safety_room, address=ADDRESS, now_ms=now_ms
-    )
+    return orders.number(intents, ctl=Mark(7, A), room=room, safety_room=safety_room, address=ADDRESS, now_ms=now_ms)
 
 
 class TestNumbering:

@@ -206,7 +206,9 @@ async def test_a_statement_with_a_bad_signature_is_refused_for_ever(tmp_path: Pa
             body = runner.ended(command).body
             cut = body.index('"sig":"') + 10
             broken = ReportItem(
-                out_seq=3, kind=ItemKind.SETTLEMENT, body=body[:cut] + ("A" if body[cut] != "A" else "B") + body[cut + 1 :]
+                out_seq=3,
+                kind=ItemKind.SETTLEMENT,
+                body=body[:cut] + ("A" if body[cut] != "A" else "B") + body[cut + 1 :],
             )
             for _ in range(2):
                 answers = (await line.report(good, forged, broken)).answers

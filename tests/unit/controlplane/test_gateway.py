@@ -182,9 +182,7 @@ async def test_a_refused_envelope_is_kept_as_an_event(tmp_path: Path) -> None:
             command = await line.command()
             await line.send(Refused(digest=GENESIS, reason=Reason.CHAIN_FORK, detail="told", cmd_id="cm_other"))
             await line.beat()
-            await line.send(
-                Refused(digest=command.digest, reason=Reason.CHAIN_FORK, cmd_id=command.value.cmd_id)
-            )
+            await line.send(Refused(digest=command.digest, reason=Reason.CHAIN_FORK, cmd_id=command.value.cmd_id))
             closed = await line.closed()
         assert (closed.code, closed.goodbyes[0].reason) == (1001, Reason.GOING_AWAY)
         newest, first = (await cp.get("/v1/events", runner="laptop"))["events"]

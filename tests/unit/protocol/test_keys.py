@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from protocol.errors import EnvelopeError, Reason
 from protocol.keys import PrivateKey, PublicKey, b64url, b64url_decode, fingerprint, is_weak_point, thumbprint
@@ -139,12 +140,16 @@ def test_a_weak_point_is_no_key() -> None:
 
 
 def test_a_weak_r_is_no_signature() -> None:
-    """A signature whose R has small order or is not canonical never verifies."""
+    """A signer can make R the neutral point, and the library takes it; we do not, nor any other weak or unreduced R."""
     key, message = a_key(), b"message"
-    for _x, y in small_order_points():
-        assert not key.public.verifies(encode(y, 0) + key.sign(message)[32:], message)
-    for extra in range(19):
-        assert not key.public.verifies(encode(P + extra, 0) + key.sign(message)[32:], message)
+    secret = int.from_bytes(hashlib.sha512(key.seed).digest()[:32], "little") & ((1 << 254) - 8) | 1 << 254
+    neutral = encode(1, 0)
+    challenge = int.from_bytes(hashlib.sha512(neutral + key.public.raw + message).digest(), "little")
+    forged = neutral + (challenge * secret % L).to_bytes(32, "little")
+    Ed25519PublicKey.from_public_bytes(key.public.raw).verify(forged, message)
+    assert not key.public.verifies(forged, message)
+    for encoded in [encode(y, 0) for _x, y in small_order_points()] + [encode(P + extra, 0) for extra in range(19)]:
+        assert not key.public.verifies(encoded + key.sign(message)[32:], message)
 
 
 def test_a_y_off_the_curve_verifies_nothing() -> None:

@@ -177,8 +177,9 @@ def shell(tmp_path: Path, *args: str, **more: Any) -> "subprocess.Popen[bytes]":
 def test_logs_are_byte_exact_and_apart(tmp_path: Path) -> None:
     """Every byte value, with the daemon down; a hole is named on stderr."""
     made = AttemptDir(tmp_path / "state")
-    every = bytes(range(256)) * 300
-    made.write(every)
+    every = bytes(range(256)) * 200
+    made.write(every[:9])
+    made.write(every[9:])
     made.write(b"\xff\x1b[1m", RecordKind.STDERR)
     made.roll(skip=250)
     made.finish()

@@ -165,6 +165,16 @@ async def test_a_worktree_configuration_is_scanned_too(trap: Trap) -> None:
     assert not trap.canary.exists()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving a repository to another user takes root")
+async def test_a_repository_of_another_user_is_refused(trap: Trap) -> None:
+    """Whoever owns it could make us run things as ourselves."""
+    for path in (trap.place.repo, trap.place.repo / ".git"):
+        os.chown(path, 65534, 65534)
+    with pytest.raises(Refused, match="another user") as caught:
+        await trap.place.trees.create(trap.place.plan())
+    assert caught.value.reason is Reason.REPO_INVALID
+
+
 async def test_an_owner_may_vouch_for_a_filter(trap: Trap) -> None:
     """By name; the checkout then obeys it, and no other."""
     trap.set("filter.x.smudge", "cat")

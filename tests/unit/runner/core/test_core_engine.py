@@ -215,7 +215,7 @@ def test_forgetting_commands_never_forgets_those_of_living_attempts(monkeypatch:
     for number in range(2, 12):
         world.running(f"ex_{number}")
         world.exit(f"ex_{number}")
-    assert len(world.engine.ledger.commands) == 4
+    assert len(world.engine.ledger.commands) == 3
     assert world.exit("ex_1").settlement.execution_id == "ex_1"
 
 

@@ -91,6 +91,13 @@ def test_a_frame_has_a_bound_of_its_type(kind: int, length: int, fits: bool) -> 
             wire.take(inbox)
 
 
+@pytest.mark.parametrize("inbox", [b"\0\0\0\0", b"\0\0\0\0\x04more"])
+def test_an_empty_frame_is_broken(inbox: bytes) -> None:
+    """A length counts its type, so it is never zero."""
+    with pytest.raises(wire.WireError):
+        wire.take(bytearray(inbox))
+
+
 def test_bodies_may_grow_at_the_end() -> None:
     """A later version's longer body is read as far as it is known."""
     assert wire.unpack_lease(struct.pack("<QQB", 1, 2, 0) + b"more") == (1, 2, 0)

@@ -119,6 +119,17 @@ def test_the_spool_limit_makes_a_hole_and_the_exit_record_follows(start_shim: St
     assert record["log"] == {"end": log.end, "segments": len(log.segments), "chain": log.chain}
 
 
+@pytest.mark.parametrize("spool_bytes", [0, 100, 4_000])
+def test_a_tiny_spool_still_holds_the_exit_record(start_shim: StartShim, spool_bytes: int) -> None:
+    """The end is told in the log even when no output can be kept."""
+    shim = start_shim(argv=["head", "-c", "50000", "/dev/zero"], spool_bytes=spool_bytes, segment_bytes=2_000)
+    record = shim.run()
+    log = shim.log()
+    assert (log.exit["code"], record["streams"]["stdout"]["bytes"]) == (0, 50_000)
+    assert len(log.stdout) <= spool_bytes
+    assert record["log"] == {"end": log.end, "segments": len(log.segments), "chain": log.chain}
+
+
 def test_trimmed_segments_make_room(start_shim: StartShim, tmp_path: Path) -> None:
     """Segments below TRIM go, oldest first, only over the limit; the log goes on without a hole."""
     folder = tmp_path / "work"

@@ -301,10 +301,15 @@ def test_a_missing_spec_is_told(start_shim: StartShim) -> None:
     assert record["cause"]["detail"].startswith("spec.json: ")
 
 
-def test_a_directory_is_used_once(start_shim: StartShim, fork_server: ForkServer) -> None:
-    """A second shim over a directory that was released runs nothing and changes no record."""
+@pytest.mark.parametrize("released", [True, False])
+def test_a_directory_is_used_once(start_shim: StartShim, fork_server: ForkServer, released: bool) -> None:
+    """A second shim over a directory that was released or has ended runs nothing and changes no record."""
     shim = start_shim(argv=["true"])
-    record = shim.run()
+    if released:
+        shim.release()
+    else:
+        shim.stop()
+    record = shim.exit()
     shim.controller.send(wire.COLLECTED)
     shim.wait_gone()
     dirfd = os.open(shim.dir, os.O_RDONLY)

@@ -88,7 +88,13 @@ def test_a_bell_rings_once_for_each_arm(start_shim: StartShim) -> None:
 
 @pytest.mark.parametrize(
     "garbage",
-    [b"\0\0\0\0", b"\xff\xff\xff\xff\x01", struct.pack("<IB", 70_000, wire.STOP), wire.pack(wire.LEASE, b"short")],
+    [
+        b"\0\0\0\0",
+        b"\0\0\0\0\x04\0\0\0\0",
+        b"\xff\xff\xff\xff\x01",
+        struct.pack("<IB", 70_000, wire.STOP),
+        wire.pack(wire.LEASE, b"short"),
+    ],
 )
 def test_a_broken_frame_closes_only_its_connection(start_shim: StartShim, garbage: bytes) -> None:
     """Garbage on `s` neither ends the child nor the controller."""
@@ -263,6 +269,9 @@ def spare_of(server: ForkServer) -> int:
     """
     The pid of the shim that waits for its attempt.
     """
+    # An answer means that the rehearsal is over: its children are none of ours.
+    server.sock.send(struct.pack("<IBB", 1, 0, 0))
+    server.sock.recv(64)
     path = Path(f"/proc/{server.pid}/task/{server.pid}/children")
     wait_for(lambda: path.read_text().strip(), "a spare")
     return int(path.read_text().split()[-1])
