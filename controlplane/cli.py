@@ -70,7 +70,7 @@ def cli(ctx: click.Context, url: str, token_file: str | None) -> None:
     ctx.obj = Reach(url, token_file)
 
 
-@cli.command()
+@cli.command(short_help="Run the control plane in the foreground.")
 @click.option(
     "--db",
     type=click.Path(dir_okay=False, resolve_path=True),
@@ -186,7 +186,7 @@ def _runner(one: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-@cli.command()
+@cli.command(short_help="List what runners told and refused.")
 @click.option("--runner", metavar="RUNNER", help="Only of this runner.")
 @click.option("--limit", type=click.IntRange(1, 500), default=50, show_default=True)
 @as_json

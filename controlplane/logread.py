@@ -88,11 +88,12 @@ def is_boundary(log: Log, offset: int) -> bool:
     gap = next_gap(log.gaps, offset)
     if offset >= log.end or (gap is not None and gap[0] <= offset):
         return True
+    header = _read(log.path, offset, min(RECORD_HEADER_BYTES, log.end - offset))
     try:
-        whole_prefix(_read(log.path, offset, RECORD_HEADER_BYTES), 0)
+        whole_prefix(header, 0)
     except RemoteError:
         return False
-    return True
+    return len(header) == RECORD_HEADER_BYTES
 
 
 def _read(path: Path, offset: int, size: int) -> bytes:

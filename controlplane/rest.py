@@ -1,7 +1,7 @@
 """The REST side under /v1, as FastAPI routes: read, validate, ask the plane, answer. No decision is made here.
 
 Rule 1: nothing but health answers without the admin token. Rule 2: a body is bounded and strict JSON.
-Rule 3: an error names a reason and never repeats what was sent.
+Rule 3: an error names a reason, at most the name of a field, and never repeats a value that was sent.
 """
 
 from collections.abc import Callable, Coroutine

@@ -39,7 +39,7 @@ LIST_MAX: Final = 500
 _LIVING: Final = ("queued", "sent", "running")
 
 
-@click.command("exec")
+@click.command("exec", short_help="Run a command on a runner.")
 @click.argument("runner")
 @click.argument("argv", metavar="CMD [ARG]...", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option("--worktree", metavar="ID", help="Run in this managed worktree.")
@@ -180,7 +180,7 @@ def _status(ended: Json) -> int:
     return ExitCode.FAILED if status is None else int(status)
 
 
-@click.command()
+@click.command(short_help="List executions.")
 @click.option("--all", "-a", "everything", is_flag=True, help="Also executions that have ended.")
 @click.option("--runner", metavar="RUNNER", help="Only of this runner.")
 @as_json
@@ -218,7 +218,7 @@ def _row(one: Json) -> tuple[str, ...]:
     )
 
 
-@click.command()
+@click.command(short_help="Print what an execution wrote.")
 @click.argument("execution_id", metavar="ID")
 @click.option("--follow", "-f", is_flag=True, help="Go on until the log is complete.")
 @click.option(
@@ -243,7 +243,7 @@ def logs(reach: Reach, execution_id: str, follow: bool, offset: int, raw: bool) 
         show(client, path_id(execution_id), offset, log_text(raw=raw), write_piece)
 
 
-@click.command()
+@click.command(short_help="Stop an execution.")
 @click.argument("execution_id", metavar="ID")
 @click.option(
     "--grace", type=DURATION, metavar="DURATION", help="Between TERM and KILL [default: the execution's own]."

@@ -15,7 +15,7 @@ NOT_FOUND: Final = 404
 _SAFE_NAME: Final = re.compile(r"[^A-Za-z0-9_.-]")
 
 
-@click.command()
+@click.command(short_help="Tell all about an execution or worktree.")
 @click.argument("wanted", metavar="ID")
 @as_json
 @pass_reach
@@ -107,7 +107,7 @@ def _statements(found: Json) -> list[tuple[str, str]]:
     return facts
 
 
-@click.command()
+@click.command(short_help="List or save what the runner signed.")
 @click.argument("wanted", metavar="ID")
 @click.option(
     "--out", type=click.Path(file_okay=False), metavar="DIR", help="Write the envelopes and the runner's key there."

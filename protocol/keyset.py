@@ -7,6 +7,7 @@ document under the version it has.
 import hashlib
 from collections.abc import Mapping
 from enum import StrEnum
+from functools import cached_property
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -71,6 +72,11 @@ class KeyEntry(Closed):
     nbf: Millis
     naf: Millis
 
+    @cached_property
+    def key(self) -> PublicKey:
+        """The key itself. Raises EnvelopeError(WEAK_KEY)."""
+        return PublicKey.from_b64url(self.x)
+
 
 class Revocation(Closed):
     """A key that counts no more from `at` on."""
@@ -101,12 +107,12 @@ class Keyset(Closed):
     def keys_for(self, *roles: Role) -> dict[KeyId, PublicKey]:
         """Keys with any of `roles` that are not compromised. Raises EnvelopeError(WEAK_KEY)."""
         dead = {entry.kid for entry in self.revoked if entry.reason is RevokedFor.COMPROMISED}
-        chosen = [PublicKey.from_b64url(entry.x) for entry in self.keys if set(entry.roles) & set(roles)]
+        chosen = [entry.key for entry in self.keys if set(entry.roles) & set(roles)]
         return {key.key_id: key for key in chosen if key.key_id not in dead}
 
     def entry(self, key_id: KeyId) -> KeyEntry | None:
         """The entry of a key by its id."""
-        return next((entry for entry in self.keys if PublicKey.from_b64url(entry.x).key_id == key_id), None)
+        return next((entry for entry in self.keys if entry.key.key_id == key_id), None)
 
     def admits(self, key_id: KeyId, role: Role, issued_ms: int) -> Reason | None:
         """Whether the key may sign for `role` something issued at `issued_ms`; else the reason."""

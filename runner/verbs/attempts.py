@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from protocol.text import show_age
+from protocol.text import show_age, show_size
 from runner.adapters.control_client import ControlUnavailable, call_control
 from runner.render import complain, print_json, print_table, shell_words
 from runner.verbs.options import CALL_TIMEOUT_S, DURATION, ExitCode, as_json, settings_of, socket_of
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from runner.config import Settings
 
 
-@click.command()
+@click.command(short_help="List the attempts on this machine.")
 @click.option("--all", "-a", "everything", is_flag=True, help="Also attempts that have ended.")
 @as_json
 @click.pass_context
@@ -30,20 +30,23 @@ def ps(ctx: click.Context, everything: bool, as_json: bool) -> None:
     """
     settings = settings_of(ctx)
     try:
-        attempts = call_control(socket_of(settings), "ps", {"all": everything}, CALL_TIMEOUT_S)["attempts"]
+        said = call_control(socket_of(settings), "ps", {"all": everything}, CALL_TIMEOUT_S)
     except ControlUnavailable:
-        attempts = _from_files(settings, everything=everything)
+        said = {"attempts": _from_files(settings, everything=everything)}
         if not as_json:
             complain("the daemon is not running; this is what the files say", "runner start")
     if as_json:
-        print_json({"attempts": attempts})
+        print_json(said)
     else:
         from runner.adapters.system import SystemClock
 
         now_ms = SystemClock().now().wall_ms
         print_table(
-            ("ATTEMPT", "STATE", "PID", "AGE", "ENDED", "LOG", "COMMAND"), [_row(one, now_ms) for one in attempts]
+            ("ATTEMPT", "STATE", "PID", "AGE", "ENDED", "LOG", "COMMAND"),
+            [_row(one, now_ms) for one in said["attempts"]],
         )
+        if omitted := said.get("omitted"):
+            click.echo(f"{omitted} older ones are left out", err=True)
 
 
 def _row(attempt: dict[str, Any], now_ms: int) -> tuple[str, ...]:
@@ -55,7 +58,7 @@ def _row(attempt: dict[str, Any], now_ms: int) -> tuple[str, ...]:
         str(attempt.get("pid") or "-"),
         show_age((ended or now_ms) - started) if isinstance(started, int) else "-",
         "-" if not verdict else f"{verdict} {'' if exit_status is None else exit_status}".rstrip(),
-        str(attempt.get("log_end") or 0),
+        "-" if attempt.get("log_end") is None else show_size(attempt["log_end"]),
         shell_words(attempt.get("argv") or ()),
     )
 
@@ -102,7 +105,7 @@ def shell_status(ended: dict[str, Any]) -> int:
     return code if isinstance(code, int) else INFRA_STATUS
 
 
-@click.command()
+@click.command(short_help="Stop an execution.")
 @click.argument("execution_id", metavar="EXECUTION")
 @click.option("--grace", type=DURATION, metavar="DURATION", help="Between TERM and KILL [default: the command's own].")
 @as_json
@@ -124,6 +127,6 @@ def stop(ctx: click.Context, execution_id: str, grace: int | None, as_json: bool
     if as_json:
         print_json(said)
     else:
-        click.echo(
-            f"{said.get('attempt')} is {said.get('state')}; it is followed by: runner logs -f {said.get('attempt')}"
-        )
+        click.echo(f"{said.get('attempt')} {said.get('state')}")
+        if said.get("state") != "ended":
+            click.echo(f"next: runner logs -f {said.get('attempt')}", err=True)

@@ -39,7 +39,7 @@ def _labels(_ctx: click.Context, _option: click.Parameter, given: tuple[str, ...
     return labels
 
 
-@click.command()
+@click.command(short_help="Enrol this machine with a control plane.")
 @click.argument("join", metavar="[JOIN-STRING | -]", required=False)
 @click.option("--token-file", type=click.File("r"), metavar="FILE", help="Read the join string from FILE.")
 @click.option("--name", metavar="NAME", help="What the control plane calls this machine [default: its host name].")

@@ -10,7 +10,7 @@ from runner.render import complain, log_text, write_piece
 from runner.verbs.options import SIZE, ExitCode, settings_of
 
 
-@click.command()
+@click.command(short_help="Print what an execution wrote.")
 @click.argument("wanted", metavar="ID")
 @click.option("--follow", "-f", is_flag=True, help="Go on until it has ended.")
 @click.option(

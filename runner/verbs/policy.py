@@ -8,7 +8,7 @@ from runner.render import complain, print_facts, print_json
 from runner.verbs.options import ExitCode, as_json, roots_option, settings_of
 
 
-@click.group()
+@click.group(short_help="Write and show what commands may do here.")
 def policy() -> None:
     """Write the policy that limits what commands may do here, and show how it is read.
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from runner.config import Settings
 
 
-@click.command()
+@click.command(short_help="Is the daemon there, and how is it connected.")
 @as_json
 @click.pass_context
 def status(ctx: click.Context, as_json: bool) -> None:

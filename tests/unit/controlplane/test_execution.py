@@ -337,15 +337,14 @@ async def test_a_plane_from_a_backup_sends_nothing_twice(tmp_path: Path) -> None
             await line.report(runner.accepted(command), runner.ended(command))
         second = await cp.start()
     shutil.copy(data / "control.db", copy)
-    async with running(data) as cp:
-        async with runner.connect(cp.port) as line:
-            two = await line.command()
-            third = await cp.start()
-            three = await line.command()
-            await line.report(runner.accepted(two), runner.ended(two, code=2))
-            await line.report(runner.accepted(three), runner.ended(three, code=3))
-            fourth = await cp.start()
-            await line.report(runner.accepted(await line.command()))
+    async with running(data) as cp, runner.connect(cp.port) as line:
+        two = await line.command()
+        third = await cp.start()
+        three = await line.command()
+        await line.report(runner.accepted(two), runner.ended(two, code=2))
+        await line.report(runner.accepted(three), runner.ended(three, code=3))
+        fourth = await cp.start()
+        await line.report(runner.accepted(await line.command()))
     for old in data.glob("control.db*"):
         old.unlink()
     shutil.copy(copy, data / "control.db")

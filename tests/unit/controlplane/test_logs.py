@@ -287,7 +287,7 @@ async def test_nothing_beyond_the_durable_end_is_acked(tmp_path: Path) -> None:
         await tasks.start(store.run)
         channels.open(LogOpen(channel=1, attempt="ex.1", first=0))
         offset, block = 0, bytes(60_000)
-        while offset < 2 * ACK_AFTER_BYTES:
+        while offset < 3 * ACK_AFTER_BYTES - 60_000:
             channels.data(encode_data(DataFrame(1, offset, block)))
             offset += len(block)
         acks = [message for message in said if isinstance(message, Ack)]

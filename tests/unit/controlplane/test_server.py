@@ -90,7 +90,7 @@ async def test_a_process_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
     assert join is not None
     runner = await FakeRunner.enrol(join)
     assert runner.root.fingerprint == root
-    async with dial((await asked_port(join))) as socket:
+    async with dial(await asked_port(join)) as socket:
         line = await runner.shake(socket)
         process.send_signal(signal.SIGTERM)
         assert (await line.closed()).code == 1001

@@ -14,7 +14,19 @@ from protocol.records import Record, RecordKind
 from protocol.text import Visible, duration_ms, show_age, show_duration, show_size, size_bytes, visible
 
 NAUGHTY = Path(__file__).parents[4] / "shared" / "vectors" / "blns" / "blns.json"
-DANGEROUS = ("\x1b[31m", "\x1b]0;title\x07", "\x9b2J", "\u202e", "\u2066", "\u200b", "\x00", "\x7f", "\r", "\u2028", "\ud800")
+DANGEROUS = (
+    "\x1b[31m",
+    "\x1b]0;title\x07",
+    "\x9b2J",
+    "\u202e",
+    "\u2066",
+    "\u200b",
+    "\x00",
+    "\x7f",
+    "\r",
+    "\u2028",
+    "\ud800",
+)
 
 
 def harmless(text: str, keep: str = "") -> bool:

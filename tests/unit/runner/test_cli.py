@@ -160,7 +160,7 @@ def test_ps_without_a_daemon_reads_the_files(run: Callable[..., Result], tmp_pat
 def test_stop_asks_the_daemon(run: Callable[..., Result], tmp_path: Path) -> None:
     """With the grace in milliseconds; a refusal and a daemon that is down are errors that say what comes next."""
     with answering(tmp_path / "rt" / "control.sock"):
-        assert "ex_1.1 is stopping 2500" in run("stop", "ex_1", "--grace", "2s500ms").stdout
+        assert "ex_1.1 stopping 2500" in run("stop", "ex_1", "--grace", "2s500ms").stdout
         refused = run("stop", "ex_2")
     assert refused.exit_code == 1 and "UNKNOWN_TARGET" in refused.stderr
     down = run("stop", "ex_1")

@@ -32,7 +32,16 @@ async def test_enrolling_by_standard_input(tmp_path: Path) -> None:
     async with running(tmp_path / "plane") as plane:
         join = await plane.join("laptop")
         status, out, err = await shell(
-            tmp_path, "enroll", "-", "--name", "laptop", "--label", "team=web", "--root", str(tmp_path / "src"), said=join
+            tmp_path,
+            "enroll",
+            "-",
+            "--name",
+            "laptop",
+            "--label",
+            "team=web",
+            "--root",
+            str(tmp_path / "src"),
+            said=join,
         )
         assert (status, err) == (0, "")
         listed = (await plane.get("/v1/runners"))["runners"]

@@ -287,14 +287,14 @@ def test_problems_of_settings_name_their_place() -> None:
 
 
 @pytest.mark.parametrize(("left_ms", "verdict"), [(-1, Verdict.FAIL), (3_600_000, Verdict.WARN), (10**10, Verdict.OK)])
-def test_a_keyset_that_runs_out(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch, left_ms: int, verdict: Verdict
-) -> None:
+def test_a_keyset_that_runs_out(scene: Scene, monkeypatch: pytest.MonkeyPatch, left_ms: int, verdict: Verdict) -> None:
     """Expired, about to be, and good for months."""
     plane = PlaneKeys()
     keystore = Keystore(scene.settings.state_dir / "identity")
     mine, seal_seed = keystore.create_keys()
-    keystore.keep_enrolment(plane.root, plane.keyset(), plane.certificate(mine, seal_seed), "ws://127.0.0.1:1/v1/runner")
+    keystore.keep_enrolment(
+        plane.root, plane.keyset(), plane.certificate(mine, seal_seed), "ws://127.0.0.1:1/v1/runner"
+    )
 
     class Clock:
         def now(self) -> Now:

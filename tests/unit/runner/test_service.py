@@ -77,7 +77,7 @@ def test_the_unit_keeps_executions_alive(machine: Machine) -> None:
 
 def test_words_of_the_command_are_quoted_as_systemd_reads_them() -> None:
     """Spaces, quotes, specifiers and variables are taken literally; no line can be broken."""
-    line = settings_of_unit(unit_text(["/a b/run\"ner", "--state-dir", "/100%/$HOME\\x", "start"]))["ExecStart"]
+    line = settings_of_unit(unit_text(['/a b/run"ner', "--state-dir", "/100%/$HOME\\x", "start"]))["ExecStart"]
     assert line == '"/a b/run\\"ner" --state-dir "/100%%/$$HOME\\\\x" start'
     for program in (["runner"], ["/a\nExecStartPre=/bin/evil"]):
         with pytest.raises(ConfigError):
