@@ -17,14 +17,16 @@ import structlog
 
 from protocol.execution import AttemptState
 from protocol.handshake import Standing
+from runner.adapters.attemptdir import ShimSettings
 from runner.adapters.attemptfiles import attempt_directories
 from runner.adapters.control import serve_control
 from runner.adapters.git import Git
 from runner.adapters.journal import SqliteJournal
 from runner.adapters.keystore import Identity, Keystore
 from runner.adapters.policyfile import load_policy
-from runner.adapters.shims import ShimAdapter, ShimSettings
+from runner.adapters.shims import ShimAdapter
 from runner.adapters.system import StateLock, SystemClock, raise_fd_limit, sd_notify
+from runner.adapters.tools import ShimTools
 from runner.adapters.uplink import Uplink, read_ack
 from runner.adapters.worktrees import GitWorktrees
 from runner.config import Settings
@@ -129,10 +131,7 @@ class Daemon:
                 tasks.start_soon(pump.run)
                 tasks.start_soon(link.run, pump)
                 tasks.start_soon(self._keep_house, journal, engine, shims)
-                tasks.start_soon(
-                    worktrees.keep_trash_empty, lambda fault: self._log.warning("worktree.failed", detail=fault)
-                )
-                tasks.start_soon(worktrees.sweep_trash)
+                tasks.start_soon(worktrees.keep_trash_empty, self._complain_of_trash)
                 self._log.info("daemon.started", pid=os.getpid(), runner=engine.me.runner, inc=engine.me.inc)
                 sd_notify("READY=1")
                 ready()
@@ -182,7 +181,7 @@ class Daemon:
             runner=certificate.runner,
             inc=certificate.inc,
             git=Git(self._settings.git),
-            tools=shims,
+            tools=ShimTools(shims),
             clock=self._clock,
         )
 
@@ -215,6 +214,9 @@ class Daemon:
                 uplink.track(directory.name, directory, finished=True)
         await pump.perform(effects)
         self._log.info("recovery.finished", found=len(found), living=engine.attempts.living)
+
+    def _complain_of_trash(self, fault: str) -> None:
+        self._log.warning("worktree.failed", detail=fault)
 
     async def _keep_house(self, journal: SqliteJournal, engine: Engine, shims: ShimAdapter) -> None:
         while True:

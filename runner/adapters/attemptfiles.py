@@ -128,7 +128,8 @@ def _object(path: Path, size_max: int) -> dict[str, Any] | None:
         found = json.loads(data) if len(data) <= size_max else None
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and found.get("v") == FORMAT else None
+    # `type`, not `isinstance`: true is no version.
+    return found if isinstance(found, dict) and type(found.get("v")) is int and found["v"] == FORMAT else None
 
 
 def _text(value: object) -> str:

@@ -49,7 +49,8 @@ class _Log(_Part):
 
 
 class _Exit(_Part):
-    v: Literal[1]
+    v: Annotated[int, Field(ge=1, le=1)]
+    """A number: to a `Literal`, true would be 1."""
     attempt: str
     boot_id: Annotated[str, Field(max_length=64)]
     verdict: Literal["exited", "signalled", "stopped", "timed_out", "never_started"]

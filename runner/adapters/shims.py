@@ -1,68 +1,48 @@
-"""Attempts on this machine: their directories, their shims, and tools of ours that run the same way (docs/shim.md).
+"""Attempts on this machine and their shims (docs/shim.md).
 
 Blocking file work goes to a small pool of threads; everything else happens in the event loop.
 """
 
 import asyncio
 import contextlib
-import json
 import os
-import resource
-import shutil
 import socket
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from protocol.errors import Reason
 from protocol.ids import Attempt
-from protocol.limits import KILL_WAIT_MS
-from protocol.records import RecordKind, records
 from runner import failpoints
-from runner.adapters.attemptfiles import ATTEMPTS_DIR, attempt_directories, is_alive, read_attempt
+from runner.adapters.attemptdir import (
+    UNRELEASED_WAIT_S,
+    ShimSettings,
+    clear,
+    dial,
+    exit_of,
+    expire,
+    lay_out,
+    spec_of,
+    still_held,
+)
+from runner.adapters.attemptfiles import attempt_directories, read_attempt
 from runner.adapters.exitrecord import parse_exit
 from runner.adapters.forkserver import ForkServer
 from runner.adapters.shimlink import ShimLink, identity
-from runner.adapters.spool import Hole, SpoolReader
 from runner.adapters.sweeper import end_remains
-from runner.adapters.uplink import ACK_NAME
 from runner.core.inputs import AttemptExited, AttemptLost
 from runner.core.plans import AttemptPlan, ExitRecord, LeaseAction, Observed, Phase, ProcessIdentity, Swept
-from runner.errors import Broken, Refused
-from runner.ports import ShimEvent, ToolExit
+from runner.errors import Broken
+from runner.ports import ShimEvent
 
 WELCOME_TIMEOUT_S: Final = 10.0
 """A forked shim answers within milliseconds; a machine in deep swap gets this long."""
-UNRELEASED_WAIT_S: Final = 2.0
-"""A shim whose daemon died behind the barrier exits at once; longer than this it is taken for living."""
-LOCK_POLL_S: Final = 0.01
-TOOL_OUTPUT_BYTES_MAX: Final = 1024 * 1024
-"""Of each stream of a tool: git's own messages; what is longer is cut and said to be."""
 FILE_THREADS: Final = 4
 """Threads for files of attempts: as many fsyncs as a disk merges well."""
-CHUNK_BYTES: Final = 65_552
-_RLIMITS: Final = {
-    number: resource.getrlimit(number)
-    for number in (resource.RLIMIT_NOFILE, resource.RLIMIT_CORE, resource.RLIMIT_NPROC, resource.RLIMIT_STACK)
-}
-"""As the daemon was started with, before it raised any for itself: what children get back."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShimSettings:
-    """What goes into every spec beside the plan."""
-
-    state_dir: Path
-    runner: str
-    boot_id: str
-    epoch: int
-    """Rises with every daemon: the newest controller of a shim wins."""
-    umask: int
-    segment_bytes: int
-    spool_bytes: int
+_T = TypeVar("_T")
 
 
 @dataclass(slots=True)
@@ -80,7 +60,7 @@ class _Held:
 
 @dataclass(slots=True)
 class ShimAdapter:
-    """Implements the ports Shims and Tools."""
+    """Implements the port Shims."""
 
     settings: ShimSettings
     on_growth: Callable[[str, int], None] = lambda _attempt, _end: None
@@ -94,7 +74,7 @@ class ShimAdapter:
 
     def start(self) -> None:
         """Start the fork server. Raises Broken."""
-        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.settings.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._server.start()
 
     def close(self) -> None:
@@ -121,9 +101,9 @@ class ShimAdapter:
         """See the port."""
         name = plan.attempt.name
         if again:
-            await self._run(self._clear, name)
-        spec = self._spec(plan, cwd)
-        directory = await self._run(self._lay_out, name, spec, plan.roots)
+            await self.do(clear, self.settings.root / name)
+        spec = spec_of(self.settings, plan, cwd)
+        directory = await self.do(lay_out, self.settings.root / name, spec, plan.roots)
         return await self._start(name, directory, ())
 
     async def release(self, attempt: Attempt, secrets: Mapping[str, bytes]) -> None:
@@ -145,55 +125,7 @@ class ShimAdapter:
 
     async def remove(self, attempt: Attempt) -> None:
         """See the port."""
-        await self._run(self._clear, attempt.name)
-
-    def _spec(self, plan: AttemptPlan, cwd: str) -> dict[str, Any]:
-        execution = {"LOCAL_RUNNER_EXECUTION_ID": plan.attempt.execution_id}
-        return {
-            **self._common(plan.attempt.name, plan.argv, cwd, {**plan.env, **execution}),
-            "cmd_id": plan.cmd_id,
-            "secret_names": sorted(plan.secrets),
-            "timeout_ms": plan.timeout_ms,
-            "grace_ms": plan.grace_ms,
-        }
-
-    def _common(self, name: str, argv: Sequence[str], cwd: str, env: Mapping[str, str]) -> dict[str, Any]:
-        return {
-            "v": 1,
-            "attempt": name,
-            "cmd_id": name,
-            "argv": list(argv),
-            "cwd": cwd,
-            "env": dict(env),
-            "secret_names": [],
-            "cookie": f"{self.settings.runner}:{name}",
-            "timeout_ms": None,
-            "grace_ms": 0,
-            "kill_wait_ms": KILL_WAIT_MS,
-            "umask": self.settings.umask,
-            "rlimits": {str(number): list(limits) for number, limits in _RLIMITS.items()},
-            "segment_bytes": self.settings.segment_bytes,
-            "spool_bytes": self.settings.spool_bytes,
-            "boot_id": self.settings.boot_id,
-            "lease": None,
-        }
-
-    def _lay_out(self, name: str, spec: dict[str, Any], roots: Sequence[str]) -> int:
-        """Judge the working directory as it really is, make the attempt's directory and its durable spec. In a thread."""
-        _judge_cwd(spec["cwd"], roots)
-        path = self._root / name
-        try:
-            path.mkdir(mode=0o700)
-        except FileExistsError as exc:
-            raise Refused(Reason.DUPLICATE_ATTEMPT, "its directory is there already") from exc
-        failpoints.hit("attempt.dir_made")
-        fd = os.open(path / "spec.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(fd, json.dumps(spec).encode("utf-8"))
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        await self.do(clear, self.settings.root / attempt.name)
 
     async def _start(self, name: str, directory: int, locks: Sequence[int]) -> ProcessIdentity:
         """Fork the shim and wait until it is behind its barrier. `directory` is closed here."""
@@ -282,11 +214,11 @@ class ShimAdapter:
 
     def _end_by_files(self, name: str) -> ShimEvent | None:
         """The end of an attempt whose shim we lost; None when it lives on under another controller. In a thread."""
-        directory = self._root / name
+        directory = self.settings.root / name
         attempt = Attempt.parse(name)
-        if _still_held(directory, UNRELEASED_WAIT_S):
+        if still_held(directory, UNRELEASED_WAIT_S):
             return None
-        record = _exit_of(directory)
+        record = exit_of(directory)
         if record is not None:
             return AttemptExited(attempt, record)
         return AttemptLost(attempt, Reason.SHIM_LOST, self._end_remains(name))
@@ -335,8 +267,7 @@ class ShimAdapter:
 
     async def observe(self) -> list[Observed]:
         """See the port."""
-        found: list[Observed] = await self._run(self._observe)
-        return found
+        return await self.do(self._observe)
 
     def _observe(self) -> list[Observed]:
         found = []
@@ -349,7 +280,7 @@ class ShimAdapter:
         seen = read_attempt(directory)
         if seen.alive and seen.phase in ("none", "ready"):
             # Its daemon is dead, so it is on its way out; what it leaves is what counts.
-            _still_held(directory, UNRELEASED_WAIT_S)
+            still_held(directory, UNRELEASED_WAIT_S)
             seen = read_attempt(directory)
         return Observed(
             attempt=attempt,
@@ -363,7 +294,7 @@ class ShimAdapter:
         """See the port."""
         name = attempt.name
         try:
-            sock = await self._run(_dial, self._root / name)
+            sock = await self.do(dial, self.settings.root / name)
         except OSError:
             self._investigate(name)
             return
@@ -379,150 +310,40 @@ class ShimAdapter:
 
     async def sweep(self, attempt: Attempt) -> Swept:
         """See the port."""
-        swept: Swept = await self._run(self._end_remains, attempt.name)
-        return swept
+        return await self.do(self._end_remains, attempt.name)
 
     def _end_remains(self, name: str) -> Swept:
-        seen = read_attempt(self._root / name)
-        return end_remains(cookie=seen.cookie or f"{self.settings.runner}:{name}")
+        seen = read_attempt(self.settings.root / name)
+        return end_remains(cookie=seen.cookie or self.settings.cookie(name))
 
     async def expire(self, before_ms: int, living: Collection[str]) -> int:
         """Remove directories of attempts that ended before `before_ms` (wall) and are durable at the plane."""
-        removed: int = await self._run(self._expire, before_ms, living)
-        return removed
+        return await self.do(expire, self.settings.state_dir, before_ms, living)
 
-    def _expire(self, before_ms: int, living: Collection[str]) -> int:
-        removed = 0
-        for directory in attempt_directories(self.settings.state_dir):
-            acked = directory / ACK_NAME
-            with contextlib.suppress(OSError):
-                if directory.name in living or acked.stat().st_mtime * 1000 >= before_ms or is_alive(directory):
-                    continue
-                shutil.rmtree(directory)
-                removed += 1
-        return removed
+    # --- for tools ----------------------------------------------------------------------------------------------
 
-    # --- tools --------------------------------------------------------------------------------------------------
-
-    async def run(
-        self,
-        name: str,
-        argv: Sequence[str],
-        *,
-        cwd: str,
-        env: Mapping[str, str],
-        locks: Sequence[int],
-        timeout_ms: int,
-    ) -> ToolExit:
-        """See the port Tools."""
+    async def run_to_end(self, name: str, spec: dict[str, Any], locks: Sequence[int]) -> ExitRecord | None:
+        """Run something of ours whose end is for the caller alone; None when its shim was lost. Raises Broken."""
         if name in self._held:
             raise Broken(Reason.INFRA, "a tool of this name is running")
-        await self._await_earlier(name, timeout_ms)
-        spec = {**self._common(name, argv, cwd, env), "timeout_ms": timeout_ms, "grace_ms": 5000}
-        directory = await self._run(self._lay_out, name, spec, ())
+        directory = await self.do(lay_out, self.settings.root / name, spec, ())
         await self._start(name, directory, locks)
         held = self._held[name]
         held.tool_exit = asyncio.get_running_loop().create_future()
         held.link.release({})
-        record = await held.tool_exit
-        ended: ToolExit = await self._run(_tool_exit, self._root / name, record)
-        held.settled = True
-        held.link.collected()
-        await self._run(self._clear, name)
-        return ended
+        return await held.tool_exit
 
-    async def _await_earlier(self, name: str, timeout_ms: int) -> None:
-        """A tool that an earlier daemon started under this name is left to finish; its result is found in the world."""
-        if not (self._root / name).exists():
-            return
-        if await self._run(_still_held, self._root / name, timeout_ms / 1000):
-            raise Broken(Reason.INFRA, "a tool of an earlier daemon does not end")
-        await self._run(self._clear, name)
+    def let_go(self, name: str) -> None:
+        """The caller has what it wants of a tool: its shim may go."""
+        held = self._held.get(name)
+        if held is not None:
+            held.settled = True
+            held.link.collected()
 
-    # --- files --------------------------------------------------------------------------------------------------
-
-    @property
-    def _root(self) -> Path:
-        return self.settings.state_dir / ATTEMPTS_DIR
+    async def do(self, work: Callable[..., _T], *args: Any) -> _T:
+        """Do blocking work with files of attempts, in one of our threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
     def log_dir(self, name: str) -> Path:
         """Where the log segments of an attempt are."""
-        return self._root / name / "log"
-
-    def _clear(self, name: str) -> None:
-        """Remove the directory of something that is over or never ran. In a thread."""
-        directory = self._root / name
-        _still_held(directory, UNRELEASED_WAIT_S)
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(directory)
-
-    async def _run(self, work: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
-
-
-def _judge_cwd(cwd: str, roots: Sequence[str]) -> None:
-    """Where `cwd` really leads must be a directory inside one of `roots` (none given: ours, anywhere). Raises Refused."""
-    real = os.path.realpath(cwd)
-    if roots and not any(real == root or real.startswith(root.rstrip("/") + "/") for root in roots):
-        raise Refused(Reason.CWD_OUTSIDE_ROOTS, "the working directory leads outside the managed roots")
-    if not os.path.isdir(real):
-        raise Refused(Reason.CWD_MISSING, "the working directory is not there")
-
-
-def _still_held(directory: Path, seconds: float) -> bool:
-    """Wait until nobody holds the lock; True when somebody still does after `seconds`. In a thread."""
-    ends = time.monotonic() + seconds
-    while is_alive(directory):
-        if time.monotonic() >= ends:
-            return True
-        time.sleep(LOCK_POLL_S)
-    return False
-
-
-def _exit_of(directory: Path) -> ExitRecord | None:
-    found = read_attempt(directory).exit
-    return None if found is None else parse_exit(directory.name, found)
-
-
-def _dial(directory: Path) -> socket.socket:
-    """Connect to the socket of an attempt, however long the path is. Raises OSError."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.connect(f"/proc/self/fd/{fd}/s")
-    except OSError:
-        sock.close()
-        raise
-    finally:
-        os.close(fd)
-    return sock
-
-
-def _tool_exit(directory: Path, record: ExitRecord | None) -> ToolExit:
-    """What a tool left in its log. Raises Broken when it did not come to an end of its own."""
-    record = record if record is not None else _exit_of(directory)
-    if record is None:
-        raise Broken(Reason.SHIM_LOST, "the shim of a tool was lost")
-    if record.verdict != "exited" or record.code is None:
-        reason = Reason.GIT_FAILED if record.verdict != "never_started" else Reason.SPAWN_FAILED
-        raise Broken(reason, f"a tool did not end by itself: {record.verdict} {record.cause_detail}"[:200])
-    streams = {RecordKind.STDOUT: bytearray(), RecordKind.STDERR: bytearray()}
-    truncated = False
-    reader = SpoolReader(directory / "log")
-    offset = 0
-    try:
-        while (found := reader.read(offset, CHUNK_BYTES)) is not None:
-            if isinstance(found, Hole):
-                truncated, offset = True, found.end
-                continue
-            for entry in records(found.data, found.offset):
-                kept = streams.get(RecordKind(entry.kind)) if entry.kind in (1, 2) else None
-                if kept is not None:
-                    room = TOOL_OUTPUT_BYTES_MAX - len(kept)
-                    truncated = truncated or len(entry.payload) > room
-                    kept += entry.payload[: max(room, 0)]
-            offset = found.end
-    finally:
-        reader.close()
-    stdout, stderr = streams[RecordKind.STDOUT], streams[RecordKind.STDERR]
-    return ToolExit(record.code, bytes(stdout), bytes(stderr), truncated)
+        return self.settings.root / name / "log"

@@ -151,8 +151,9 @@ class GitWorktrees:
     async def keep_trash_empty(self, complain: Callable[[str], None]) -> None:
         """Sweep whenever something was thrown away and nothing was made for a while; runs until it is cancelled.
 
-        `complain` hears of what could not be deleted.
+        The first time for what an earlier daemon left. `complain` hears of what could not be deleted.
         """
+        self._thrown.set()
         while True:
             await self._thrown.wait()
             self._thrown = anyio.Event()
