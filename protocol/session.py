@@ -187,13 +187,15 @@ class PlaneSession:
     _ctl: dict[int, SentCommand] = field(default_factory=dict)
     _safety: dict[str, SentCommand] = field(default_factory=dict)
     _next: int = field(init=False)
+    _furthest: int = field(init=False)
+    """The number after the last that was ever sent here: going back to resend does not unsend it."""
     _sent_ms: dict[str, int] = field(default_factory=dict)
     """When each unanswered command was sent last, by digest; a safety command that is not here is to be sent now."""
     _asked: int = 0
     """Number the stream was sent again from, on the runner's word; the same word does it once until it moves or times out."""
 
     def __post_init__(self) -> None:
-        self._next = self.acked_hw + 1
+        self._next = self._furthest = self.acked_hw + 1
 
     @property
     def room(self) -> int:
@@ -216,6 +218,7 @@ class PlaneSession:
         while (command := self._ctl.get(self._next)) is not None:
             due.append(command)
             self._next += 1
+        self._furthest = max(self._furthest, self._next)
         self._sent_ms.update((command.cmd_digest, now_ms) for command in due)
         return [CommandFrame(env=command.env) for command in due]
 
@@ -228,7 +231,7 @@ class PlaneSession:
         if isinstance(message, Beat):
             self.consumed(message.hw)
             return
-        if message.seq > self._next:
+        if message.seq > self._furthest:
             raise RemoteError(Reason.SEQ_GAP, "asked for a number from the future", CloseCode.BAD_FRAME)
         self.consumed(message.seq - 1)
         # Every later number that met the same gap asks once more, and a number that is refused stays a gap for ever:
@@ -241,6 +244,7 @@ class PlaneSession:
         if hw > self.acked_hw:
             self.acked_hw = hw
             self._next = max(self._next, hw + 1)
+            self._furthest = max(self._furthest, self._next)
             for seq in [seq for seq in self._ctl if seq <= hw]:
                 self._sent_ms.pop(self._ctl.pop(seq).cmd_digest, None)
 
