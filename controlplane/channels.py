@@ -7,7 +7,7 @@ Rule 3: after a jump ahead the runner is told once where to go on; what was unde
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from controlplane.limits import LOGS_OPEN_MAX
+from controlplane.limits import LOG_END_MAX, LOGS_OPEN_MAX
 from controlplane.logstore import Log, LogStore
 from protocol.errors import CloseCode, Reason, RemoteError
 from protocol.frames import decode_data
@@ -79,6 +79,8 @@ class Channels:
     def gap(self, message: Gap) -> None:
         """Bytes that exist nowhere: the end moves, and so does the credit."""
         channel = self._known(message.channel)
+        if message.end > LOG_END_MAX:
+            raise _broken("no log is that long")
         if message.start > channel.log.end:
             self._resume(channel)
             return

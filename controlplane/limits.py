@@ -60,6 +60,8 @@ READ_BLOCK_BYTES: Final = 256 * KIB
 DIGEST_BLOCK_BYTES: Final = 1 * MIB
 LOGS_OPEN_MAX: Final = 512
 """Open channels of one session, hence file descriptors."""
+LOG_END_MAX: Final = 2**50
+"""Where a log ends at the latest: a petabyte, so that every offset and credit stays an integer of every JSON."""
 GAPS_MAX: Final = 10_000
 """Holes remembered of one log."""
 

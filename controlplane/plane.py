@@ -142,26 +142,28 @@ class ControlPlane(Desk):
             RequestRefused: UNKNOWN_EXECUTION, or BAD_OFFSET where no record begins.
         """
         row = self._execution_row(execution_id)
-        logs = self._ledger.logs
-        log = logs.acquire(row.attempt.name, row.runner_id)
+        logs, attempt = self._ledger.logs, row.attempt.name
+        log = logs.acquire(attempt, row.runner_id)
         try:
-            if offset > log.end or not await anyio.to_thread.run_sync(logread.is_boundary, log, offset):
+            end = log.end
+            if offset > end or not await anyio.to_thread.run_sync(logread.is_boundary, log, offset):
                 raise RequestRefused(Fault.BAD_OFFSET, "no record begins at this offset")
-        except BaseException:
+        finally:
             logs.give_back(log)
-            raise
 
         def more() -> bool:
             return not self.closing.is_set() and self._log_grows(execution_id)
 
         async def stream() -> AsyncIterator[bytes]:
+            # Acquired here: a stream that nobody begins to read must hold nothing.
+            log = logs.acquire(attempt, row.runner_id)
             try:
                 async for block in logread.read_log(log, offset, more if follow else None):
                     yield block
             finally:
                 logs.give_back(log)
 
-        return log.end, stream()
+        return end, stream()
 
     async def digests(self, execution_id: str) -> JsonObject:
         """What the stored log adds up to. Raises RequestRefused(UNKNOWN_EXECUTION)."""

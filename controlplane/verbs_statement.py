@@ -98,9 +98,9 @@ def _statements(found: Json) -> list[tuple[str, str]]:
         took = settlement.get("duration_ms")
         words = [settlement["verdict"].replace("_", " ")]
         words += [f"after {show_duration(took) if took < 1000 else show_age(took)}"] if took is not None else []
-        words += [f"({cause['kind']} {cause.get('reason') or ''} {cause.get('by') or ''}".rstrip() + ")"] * (
-            cause["kind"] != "none"
-        )
+        if cause["kind"] != "none":
+            known = (cause["kind"], cause.get("reason"), cause.get("by"))
+            words.append(f"({' '.join(str(word) for word in known if word)})")
         facts.append(("settlement", f"{' '.join(words)} at {moment(settlement['at_ms'])}"))
         if settlement.get("survivors"):
             facts.append(("survivors", f"{settlement['survivors']} processes could not be ended"))

@@ -205,10 +205,16 @@ def leftovers(scene: Scene) -> Measured:
     """R009: no attempt without a shim and without an end, no process of an attempt that is gone."""
     found = [read_attempt(directory) for directory in attempt_directories(scene.settings.state_dir)]
     lost = [files.name for files in found if files.state == "lost"]
+    ended = {files.cookie for files in found if not files.alive}
     living = {files.cookie for files in found if files.alive}
     known = scene.identity
-    ours = "" if isinstance(known, (NotEnrolled, ConfigError)) else f"{known.certificate.value.runner}:"
-    strays = [f"{pid} ({cookie})" for pid, cookie in _cookies() if cookie.startswith(ours) and cookie not in living]
+    # Another runner on this machine looks after its own.
+    runner = "" if isinstance(known, (NotEnrolled, ConfigError)) else f"{known.certificate.value.runner}:"
+    strays = [
+        f"{pid} ({cookie})"
+        for pid, cookie in _cookies()
+        if cookie not in living and (cookie in ended or (runner and cookie.startswith(runner)))
+    ]
     if not lost and not strays:
         return ok(f"none among {len(found)} attempts")
     said = [f"without shim and end: {' '.join(lost)}"] if lost else []

@@ -56,7 +56,7 @@ def _row(attempt: dict[str, Any], now_ms: int) -> tuple[str, ...]:
         str(attempt.get("attempt")),
         str(attempt.get("state")),
         str(attempt.get("pid") or "-"),
-        show_age((ended or now_ms) - started) if isinstance(started, int) else "-",
+        show_age((ended or now_ms) - started) if isinstance(started, int) and started else "-",
         "-" if not verdict else f"{verdict} {'' if exit_status is None else exit_status}".rstrip(),
         "-" if attempt.get("log_end") is None else show_size(attempt["log_end"]),
         shell_words(attempt.get("argv") or ()),
