@@ -12,6 +12,4 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "check"))
 def pytest_report_header() -> str:
     """Say how the generated tests can be run for longer and repeated."""
     profile = os.environ.get("HYPOTHESIS_PROFILE", "check")
-    return (
-        f"hypothesis profile: {profile} (HYPOTHESIS_PROFILE=long for more); repeat a run with --hypothesis-seed=N"
-    )
+    return f"hypothesis profile: {profile} (HYPOTHESIS_PROFILE=long for more); repeat a run with --hypothesis-seed=N"

@@ -123,6 +123,19 @@ def an_unreleased_exit() -> ExitRecord:
     return an_exit(verdict="never_started", code=None, cause_kind="unreleased", unreleased=True)
 
 
+def a_row(number: int, cmd_id: str = "", receipt_seq: int | None = None) -> CommandRow:
+    """A command with this number for a digest."""
+    return CommandRow(
+        digest=Digest(f"sha256:{number:064x}"),
+        cmd_id=CommandId(cmd_id or f"cmd_{number}"),
+        kind="execution.start",
+        seq=number,
+        envelope=b"{}",
+        policy_digest=Digest("sha256:" + "0" * 64),
+        receipt_seq=receipt_seq,
+    )
+
+
 class RuleBroken(AssertionError):
     """The engine asked the journal for what it must never be asked for."""
 

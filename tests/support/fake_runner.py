@@ -22,7 +22,6 @@ from protocol.errors import Reason
 from protocol.frames import DataFrame, encode_data
 from protocol.handshake import Established, RunnerHandshake, Standing, open_certificate
 from protocol.identity import Certificate, EnrollClaims, JoinString, runner_url
-from protocol.ids import Digest
 from protocol.keys import PrivateKey, b64url
 from protocol.keyset import Keyset, Role, Root, open_keyset
 from protocol.messages import (
@@ -47,10 +46,10 @@ from protocol.messages import (
     decode_from_plane,
     encode,
 )
-from protocol.receipt import Cause, LogEnd, Outcome, Receipt, Settlement, StreamDigest, Verdict
-from protocol.records import NO_SEGMENT, RecordKind, SegmentHeader, encode_record, encode_segment_header
+from protocol.receipt import Cause, LogEnd, Outcome, Receipt, Settlement, Verdict
 from protocol.replay import Advance, Mark, Seen, after, judge
 from protocol.secretbox import recipient_of
+from tests.support.log_bytes import LogBytes
 
 WAIT_S = 10.0
 """How long a test waits for what must come."""
@@ -92,10 +91,7 @@ class FakeRunner:
             assert answer.root.fingerprint == parsed.root
             keyset = open_keyset(answer.keyset.encode(), answer.root)
             certificate = open_certificate(answer.certificate.encode(), keyset.value).value
-            try:
-                await _next(socket)
-            except Closed as closed:
-                assert closed.code == 1000
+            assert (await closing_of(socket)).code == 1000
         return cls(key, _seal_seed(seed), certificate, answer.root, keyset)
 
     @property
@@ -178,7 +174,7 @@ class FakeRunner:
         result = {"execution_id": start.execution_id, "start_token": start.start_token}
         return self.receipt(command, Outcome.ACCEPTED, result=result)
 
-    def ended(self, command: Verified[Command], *, code: int = 0, log: "LogBytes | None" = None) -> ReportItem:
+    def ended(self, command: Verified[Command], *, code: int = 0, log: LogBytes | None = None) -> ReportItem:
         """The settlement of a start that ended by itself."""
         start = start_of(command)
         statement = Settlement(
@@ -275,7 +271,7 @@ class Line:
         """One data frame."""
         await self.socket.send(encode_data(DataFrame(channel, offset, data)))
 
-    async def upload(self, attempt: str, log: "LogBytes", channel: int = 1) -> None:
+    async def upload(self, attempt: str, log: LogBytes, channel: int = 1) -> None:
         """A whole log, and its end."""
         offset = (await self.open_log(attempt, channel)).offset
         for slice_ in log.slices(offset):
@@ -292,54 +288,6 @@ class Line:
                 closed.goodbyes[:0] = [said for said in self.heard if isinstance(said, Bye)]
                 return closed
             self.heard.append(message)
-
-
-class LogBytes:
-    """A log as a shim writes it: segments, records, digests."""
-
-    def __init__(self, attempt: str) -> None:
-        self.attempt = attempt
-        self.data = b""
-        self.segments = 0
-        self._bounds: list[int] = []
-        self._segment_at = 0
-        self._payloads: dict[str, bytes] = {"stdout": b"", "stderr": b""}
-        self.roll()
-
-    def roll(self) -> None:
-        """Begin the next segment."""
-        previous = bytes.fromhex(self.chain()) if self.segments else NO_SEGMENT
-        self._segment_at = len(self.data)
-        self.segments += 1
-        header = encode_segment_header(SegmentHeader(len(self.data), previous, self.attempt))
-        self._add(RecordKind.SEGMENT, header)
-
-    def write(self, payload: bytes, kind: RecordKind = RecordKind.STDOUT) -> "LogBytes":
-        """One record of output."""
-        self._add(kind, payload)
-        self._payloads[kind.name.lower()] += payload
-        return self
-
-    def slices(self, offset: int) -> list[bytes]:
-        """Whole records from `offset` on."""
-        bounds = [bound for bound in self._bounds if bound > offset]
-        starts = [offset, *bounds]
-        return [self.data[start:end] for start, end in zip(starts, bounds, strict=False)]
-
-    def streams(self) -> dict[str, StreamDigest]:
-        """Digests of the streams."""
-        return {
-            name: StreamDigest(bytes=len(data), sha256=digest_of(data).removeprefix("sha256:"))
-            for name, data in self._payloads.items()
-        }
-
-    def chain(self) -> str:
-        """Digest of the last segment."""
-        return digest_of(self.data[self._segment_at :]).removeprefix("sha256:")
-
-    def _add(self, kind: RecordKind, payload: bytes) -> None:
-        self.data += encode_record(kind, payload, 1_000_000_000)
-        self._bounds.append(len(self.data))
 
 
 @asynccontextmanager
@@ -371,11 +319,6 @@ def start_of(command: Verified[Command]) -> ExecutionStart:
     args = parse_args(command.value)
     assert isinstance(args, ExecutionStart)
     return args
-
-
-def digest_text(data: bytes) -> Digest:
-    """`sha256:` digest of bytes."""
-    return digest_of(data)
 
 
 async def closing_of(socket: ClientConnection) -> Closed:

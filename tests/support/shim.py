@@ -23,18 +23,12 @@ from typing import Any
 
 import runner
 from runner.shim import records, wire
+from runner.shim.system import boottime_ms as boottime_ms
 
 ENTRY = Path(runner.__file__).parent / "shim" / "__main__.py"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 WAIT_S = 20.0
 _numbers = itertools.count(1)
-
-
-def boottime_ms() -> int:
-    """
-    CLOCK_BOOTTIME in milliseconds.
-    """
-    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
 
 
 class ForkServer:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from click.testing import CliRunner
 from controlplane.cli import cli
 from controlplane.client import LogParser, PlaneClient, PlaneRefused, PlaneUnreachable
 from controlplane.follow import Left, stop_at_interrupt
+from protocol.errors import Reason
 from protocol.identity import JoinString
+from protocol.receipt import Outcome
 from protocol.records import RecordKind, encode_record
 from tests.support.control_plane import Running, running
 from tests.support.fake_runner import FakeRunner, Line, LogBytes
@@ -108,8 +111,7 @@ async def test_exec_is_the_command(tmp_path: Path) -> None:
 
         shown = (await shell.run("show", execution_id))[1].decode()
         assert "make -j4 -- x" in shown and "(the same)" in shown and "chain proven" in shown and "exit status" in shown
-        status, out, err = await shell.run("logs", execution_id)
-        assert (status, out, err) == (0, b"out\x00\xff\n", "err\x1b[1m\n")
+        assert await shell.run("logs", execution_id) == (0, b"out\x00\xff\n", "err\x1b[1m\n")
         assert (await shell.run("logs", "-f", execution_id))[1] == b"out\x00\xff\n"
         assert (await shell.told("ps", "--json")) == {"executions": []}
         (listed,) = (await shell.told("ps", "--all", "--json"))["executions"]
@@ -225,8 +227,15 @@ async def test_our_failures_are_125(tmp_path: Path) -> None:
         status, out, _ = await shell.run("exec", "nobody", "--cwd", "/srv", "--json", "--", "true")
         assert status == 125 and json.loads(out)["error"]["reason"] == "UNKNOWN_RUNNER"
 
+        async with runner.connect(shell.plane.port) as line:
+            process = await shell.start("exec", "laptop", "--cwd", "/srv", "--", "true")
+            refused = runner.receipt(await line.command(), Outcome.REFUSED, reason=Reason.CWD_OUTSIDE_ROOTS)
+            await line.report(refused)
+            _, err_bytes = await asyncio.wait_for(process.communicate(), WAIT_S)
+            assert process.returncode == 125 and b"CWD_OUTSIDE_ROOTS" in err_bytes
+
         process = await shell.start("exec", "laptop", "--cwd", "/srv", "--", "true")
-        while not (queued := (await shell.plane.get("/v1/executions"))["executions"]):
+        while not (queued := (await shell.plane.get("/v1/executions", state="queued"))["executions"]):
             await asyncio.sleep(0.05)
         said = await shell.told("stop", queued[0]["id"], "--json")
         assert said["state"] == "cancelled"
@@ -369,12 +378,14 @@ def test_a_log_is_cut_into_records_however_it_comes() -> None:
 
 def test_the_first_interrupt_stops_and_the_second_leaves() -> None:
     """And afterwards interrupts mean what they meant before."""
-    before, said = signal.getsignal(signal.SIGINT), []
-    ordered = asyncio.Event()
-    with pytest.raises(Left), stop_at_interrupt(ordered.set, said.append):
+    before = signal.getsignal(signal.SIGINT)
+    said: list[str] = []
+    ordered = threading.Event()
+    with stop_at_interrupt(ordered.set, said.append):
         signal.raise_signal(signal.SIGINT)
-        assert len(said) == 1
-        signal.raise_signal(signal.SIGINT)
+        assert ordered.wait(5) and len(said) == 1
+        with pytest.raises(Left):
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
 
 

@@ -5,6 +5,8 @@ import os
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,11 @@ def add(db: Db, kind: str = "kind") -> None:
     tables.add_event(db, EventRow(runner_id="rn", at_ms=1, kind=kind))
 
 
+def adds(kind: str) -> Callable[[Db], None]:
+    """A closure that adds one row."""
+    return lambda db: add(db, kind)
+
+
 def kinds(database: Database) -> list[str]:
     """Committed rows."""
     return [row.kind for row in reversed(tables.events(database.reader, None, 1000))]
@@ -29,7 +36,7 @@ def kinds(database: Database) -> list[str]:
 async def test_what_waits_is_committed_together(tmp_path: Path) -> None:
     """A hundred askers at once cost a few transactions."""
     database = Database(tmp_path / "db")
-    await asyncio.gather(*[database.write(lambda db, n=n: add(db, f"k{n}")) for n in range(100)])
+    await asyncio.gather(*[database.write(adds(f"k{n}")) for n in range(100)])
     assert kinds(database) == [f"k{n}" for n in range(100)]
     assert database.commits < 30
     await database.close()
@@ -63,8 +70,13 @@ async def test_the_consequence_happens_though_the_asker_is_gone(tmp_path: Path) 
 
 async def test_consequences_come_in_the_order_of_the_transactions(tmp_path: Path) -> None:
     """So memory can never be older than the file."""
+
+    def number(n: int, db: Db) -> int:
+        add(db)
+        return n
+
     database, order = Database(tmp_path / "db"), list[int]()
-    await asyncio.gather(*[database.write(add, lambda _, n=n: order.append(n)) for n in range(50)])
+    await asyncio.gather(*[database.write(partial(number, n), order.append) for n in range(50)])
     assert order == list(range(50))
     await database.close()
 
@@ -138,7 +150,7 @@ async def test_events_of_one_runner_are_bounded(tmp_path: Path) -> None:
     """The newest thousand stay, others' are untouched."""
     database = Database(tmp_path / "db")
     await database.write(lambda db: tables.add_event(db, EventRow(runner_id="other", at_ms=1, kind="kept")))
-    await database.write(lambda db: [add(db, f"k{n}") for n in range(1100)])
+    await asyncio.gather(*[database.write(adds(f"k{n}")) for n in range(1100)])
     rows = tables.events(database.reader, "rn", 5000)
     assert (len(rows), rows[0].kind, rows[-1].kind) == (1000, "k1099", "k100")
     assert len(tables.events(database.reader, "other", 10)) == 1

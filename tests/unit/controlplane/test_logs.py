@@ -16,9 +16,9 @@ from protocol.frames import DataFrame, encode_data
 from protocol.limits import ACK_AFTER_BYTES, CHANNEL_WINDOW_BYTES, MIB
 from protocol.messages import Ack, Gap, LogClosed, LogOpen, Resume
 from protocol.records import RecordKind, records
-from protocol.session import RunnerSession
 from tests.support.control_plane import Running, running
-from tests.support.fake_runner import FakeRunner, Line, LogBytes
+from tests.support.fake_runner import Line
+from tests.support.log_bytes import LogBytes
 
 
 async def begun(cp: Running, line: Line) -> tuple[str, LogBytes]:
@@ -345,5 +345,3 @@ def test_the_fake_runners_log_is_a_log() -> None:
         RecordKind.STDOUT,
         RecordKind.STDERR,
     ]
-    assert FakeRunner.__doc__
-    assert RunnerSession.__doc__

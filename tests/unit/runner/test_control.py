@@ -5,7 +5,7 @@ import os
 import socket
 import stat
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,8 @@ async def raw(path: Path, request: bytes) -> dict[str, Any]:
         with reachable(path) as name, socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(5)
             connection.connect(name)
-            try:
+            with suppress(BrokenPipeError):
                 connection.sendall(request)
-            except BrokenPipeError:
-                pass
             connection.shutdown(socket.SHUT_WR)
             return b"".join(iter(partial(connection.recv, 65536), b""))
 
@@ -76,6 +74,20 @@ async def test_socket_and_directory_are_their_owners_alone(tmp_path: Path) -> No
     finally:
         os.umask(before)
     assert not path.exists()
+
+
+async def test_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever modes say: the kernel names the peer's user."""
+    async with served(tmp_path / "rt" / "control.sock"):
+        monkeypatch.setattr(control, "trusted", lambda uid: uid != os.geteuid())
+        with pytest.raises(Refused) as caught:
+            await asked(tmp_path / "rt" / "control.sock")
+    assert caught.value.reason is Reason.POLICY_DENIED
+    monkeypatch.undo()
+    monkeypatch.setattr("runner.adapters.control_client.trusted", lambda _uid: False)
+    async with served(tmp_path / "rt" / "control.sock"):
+        with pytest.raises(ControlUnavailable, match="another user"):
+            await asked(tmp_path / "rt" / "control.sock")
 
 
 async def test_a_directory_open_to_others_is_refused(tmp_path: Path) -> None:

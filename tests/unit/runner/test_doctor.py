@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 from protocol.identity import JoinString
 from runner import checks, machine_checks
+from runner.adapters.control import ControlCall
 from runner.adapters.enrolment import MachineFacts, enroll
 from runner.adapters.keystore import Keystore
 from runner.cli import cli
@@ -28,7 +29,7 @@ from runner.errors import ConfigError
 from tests.support.attempts import AttemptDir
 from tests.support.control_plane import running
 from tests.unit.runner.planekeys import PlaneKeys
-from tests.unit.runner.test_cli import STATUS, ControlCall, answering
+from tests.unit.runner.test_cli import STATUS, answering
 
 GIT = """#!/bin/sh
 echo "git version $SAID"

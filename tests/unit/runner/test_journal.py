@@ -140,7 +140,8 @@ BEGUN = [PutCommand(command(1), 1), PutAttempt(attempt(1), 1), PutMark(1, Mark(5
             [PutSettlement(attempt(1).attempt, settlement(1), 2), PutAttempt(attempt(1), 3)], id="a settled one revived"
         ),
         pytest.param(
-            [PutAttempt(attempt(1, state=AttemptState.SETTLED), 2), PutAttempt(attempt(1), 3)], id="a closed one revived"
+            [PutAttempt(attempt(1, state=AttemptState.SETTLED), 2), PutAttempt(attempt(1), 3)],
+            id="a closed one revived",
         ),
     ],
 )

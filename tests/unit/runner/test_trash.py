@@ -1,5 +1,6 @@
 """The trash deletes what is in it, whatever it is, and nothing else."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -93,17 +94,15 @@ async def test_a_link_that_takes_a_directorys_place_is_not_followed(bin_dir: Pat
     try:
         for _ in range(20):
             for number in range(20):
-                (bin_dir / "top" / f"{number}" / "inner").mkdir(parents=True, exist_ok=True)
-            try:
+                with contextlib.suppress(OSError):  # the swapper takes our directories away, too
+                    (bin_dir / "top" / f"{number}" / "inner").mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(Broken):  # what it was deleting had gone: said, and swept again later
                 await _empty(bin_dir)
-            except Broken:
-                continue  # what it was deleting had gone: said, and swept again later
-            except FileExistsError:
-                continue
     finally:
         over.set()
         swapper.join()
-    assert len(os.listdir(precious)) == 50
+    # Beside them there may be an `inner`: the loop above makes directories, and follows the links it meets.
+    assert {str(number) for number in range(50)} <= set(os.listdir(precious))
 
 
 async def test_another_file_system_inside_is_left_alone(bin_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,7 +179,9 @@ def test_a_refusal_names_the_command_only_when_its_signature_was_good() -> None:
 def test_a_command_of_an_earlier_incarnation_is_stale() -> None:
     """It was for the runner as it was before."""
     world = World(inc=2)
-    assert_untouched(world, world.send(world.start(aud={"org": "org_1", "runner": "rnr_1", "inc": 1})), Reason.STALE_INC)
+    assert_untouched(
+        world, world.send(world.start(aud={"org": "org_1", "runner": "rnr_1", "inc": 1})), Reason.STALE_INC
+    )
 
 
 CONSUMED: dict[str, tuple[dict[str, Any], Reason]] = {

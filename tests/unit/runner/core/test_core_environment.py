@@ -8,20 +8,86 @@ from tests.support.engine import a_policy
 
 EVERYTHING = a_policy(env_allow=("*",))
 
-HOSTILE = """
-    LD_PRELOAD LD_LIBRARY_PATH LD_AUDIT DYLD_INSERT_LIBRARIES GLIBC_TUNABLES GCONV_PATH LOCPATH MALLOC_TRACE
-    GIT_DIR GIT_SSH GIT_SSH_COMMAND GIT_CONFIG_COUNT GIT_EXEC_PATH GIT_ASKPASS GIT_PAGER GIT_EXTERNAL_DIFF
-    PYTHONPATH PYTHONSTARTUP PYTHONHOME PYTHONINSPECT PYTHONBREAKPOINT PERL5LIB PERL5OPT RUBYOPT RUBYLIB GEM_HOME
-    NODE_OPTIONS NODE_PATH NPM_CONFIG_SCRIPT_SHELL npm_config_registry JAVA_TOOL_OPTIONS _JAVA_OPTIONS CLASSPATH
-    BASH_ENV ENV IFS PS4 SHELLOPTS BASHOPTS PROMPT_COMMAND ZDOTDIR BASH_FUNC_ls PATH HOME SHELL
-    SSH_AUTH_SOCK SSH_ASKPASS SUDO_ASKPASS DBUS_SESSION_BUS_ADDRESS XDG_RUNTIME_DIR HOSTALIASES RES_OPTIONS
-    LOCAL_RUNNER_EXECUTION_ID ld_preload Path
-""".split()
+HOSTILE = [
+    "LD_PRELOAD",
+    "LD_LIBRARY_PATH",
+    "LD_AUDIT",
+    "DYLD_INSERT_LIBRARIES",
+    "GLIBC_TUNABLES",
+    "GCONV_PATH",
+    "LOCPATH",
+    "MALLOC_TRACE",
+    "GIT_DIR",
+    "GIT_SSH",
+    "GIT_SSH_COMMAND",
+    "GIT_CONFIG_COUNT",
+    "GIT_EXEC_PATH",
+    "GIT_ASKPASS",
+    "GIT_PAGER",
+    "GIT_EXTERNAL_DIFF",
+    "PYTHONPATH",
+    "PYTHONSTARTUP",
+    "PYTHONHOME",
+    "PYTHONINSPECT",
+    "PYTHONBREAKPOINT",
+    "PERL5LIB",
+    "PERL5OPT",
+    "RUBYOPT",
+    "RUBYLIB",
+    "GEM_HOME",
+    "NODE_OPTIONS",
+    "NODE_PATH",
+    "NPM_CONFIG_SCRIPT_SHELL",
+    "npm_config_registry",
+    "JAVA_TOOL_OPTIONS",
+    "_JAVA_OPTIONS",
+    "CLASSPATH",
+    "BASH_ENV",
+    "ENV",
+    "IFS",
+    "PS4",
+    "SHELLOPTS",
+    "BASHOPTS",
+    "PROMPT_COMMAND",
+    "ZDOTDIR",
+    "BASH_FUNC_ls",
+    "PATH",
+    "HOME",
+    "SHELL",
+    "SSH_AUTH_SOCK",
+    "SSH_ASKPASS",
+    "SUDO_ASKPASS",
+    "DBUS_SESSION_BUS_ADDRESS",
+    "XDG_RUNTIME_DIR",
+    "HOSTALIASES",
+    "RES_OPTIONS",
+    "LOCAL_RUNNER_EXECUTION_ID",
+    "ld_preload",
+    "Path",
+]
 
-SECRET_LOOKING = """
-    GITHUB_TOKEN TOKEN NPM_TOKEN AWS_SECRET_ACCESS_KEY DB_PASSWORD PASSWORD MY_PASSWD SSH_KEY_PASSPHRASE API_KEY APIKEY
-    STRIPE_APIKEY CLIENT_SECRET GOOGLE_CREDENTIALS SIGNING_PRIVATE_KEY ACCESS_KEY DATABASE_CONNECTION_STRING github_token
-""".split()
+SECRET_LOOKING = [
+    "GITHUB_TOKEN",
+    "TOKEN",
+    "NPM_TOKEN",
+    "AWS_SECRET_ACCESS_KEY",
+    "DB_PASSWORD",
+    "PASSWORD",
+    "MY_PASSWD",
+    "KEY_PASSPHRASE",
+    "API_KEY",
+    "APIKEY",
+    "PGPASSWORD",
+    "MYSQL_PWD",
+    "AUTHTOKEN",
+    "STRIPE_APIKEY",
+    "CLIENT_SECRET",
+    "GOOGLE_CREDENTIALS",
+    "SIGNING_PRIVATE_KEY",
+    "ACCESS_KEY",
+    "DATABASE_CONNECTION_STRING",
+    "github_token",
+]
 
 NO_NAMES = ["", "1A", "A-B", "A B", "A\n", "Ä", "BASH_FUNC_ls%%", "A.B", "A" * 257, "A\x1b[0m"]
 
@@ -48,7 +114,9 @@ def test_what_is_no_name_of_a_variable_is_denied(name: str) -> None:
         assert denied == (Reason.ENV_DENIED, "a name that is no environment variable's")
 
 
-@pytest.mark.parametrize("name", ["CI", "MONKEY", "TOKENIZERS_PARALLELISM", "KEYBOARD", "_", "PASSWORDLESS", "A" * 256])
+@pytest.mark.parametrize(
+    "name", ["CI", "MONKEY", "TOKENIZERS_PARALLELISM", "KEYBOARD", "PWD", "OLDPWD", "_", "PASSWORDLESS", "A" * 256]
+)
 def test_ordinary_names_pass_when_the_owner_allows_them(name: str) -> None:
     """The list of secrets is about whole words."""
     assert refuse_env([name], EVERYTHING) is None

@@ -11,7 +11,16 @@ from protocol.execution import AttemptState
 from protocol.lease import LeaseState
 from protocol.messages import HeldLease, Renewal
 from protocol.session import BeatAnswered
-from runner.core.effects import AbandonAttempt, Note, Persist, PrepareAttempt, PushLease, ReleaseAttempt, SendBeat, StopAttempt
+from runner.core.effects import (
+    AbandonAttempt,
+    Note,
+    Persist,
+    PrepareAttempt,
+    PushLease,
+    ReleaseAttempt,
+    SendBeat,
+    StopAttempt,
+)
 from runner.core.inputs import AttemptPrepared, Tick
 from runner.core.plans import LeaseAction, Observed, Phase
 from tests.support.builders import an_attempt
@@ -192,7 +201,10 @@ def test_a_signed_release_does_what_the_loss_would_do() -> None:
 def test_a_release_of_an_older_token_or_nothing_is_done_and_does_nothing() -> None:
     """Monotone and idempotent."""
     world = leased()
-    for env in (world.release_lease("exec:ex_9"), world.seal(world.fields("lease.release", {"res": "exec:ex_9", "token": 9}))):
+    for env in (
+        world.release_lease("exec:ex_9"),
+        world.seal(world.fields("lease.release", {"res": "exec:ex_9", "token": 9})),
+    ):
         turn = world.send(env)
         assert turn.receipt.result == {"state": "unknown"} and len(turn.of(Persist)) == 2
     world = World()

@@ -2,25 +2,12 @@
 
 import pytest
 
-from protocol.ids import CommandId, Digest
+from protocol.ids import CommandId
 from protocol.limits import CLOCK_SKEW_MS, SAFETY_TTL_MS_MAX
 from runner.core import ledger as ledger_module
 from runner.core.ledger import TOMBSTONE_MS, Ledger
-from runner.core.plans import CommandRow
 from tests.support.builders import a_mark
-
-
-def a_row(number: int, cmd_id: str = "", receipt_seq: int | None = None) -> CommandRow:
-    """A command with this number for a digest."""
-    return CommandRow(
-        digest=Digest(f"sha256:{number:064x}"),
-        cmd_id=CommandId(cmd_id or f"cmd_{number}"),
-        kind="execution.start",
-        seq=number,
-        envelope=b"{}",
-        policy_digest=Digest("sha256:" + "0" * 64),
-        receipt_seq=receipt_seq,
-    )
+from tests.support.engine import a_row
 
 
 def filled(count: int, *, receipted: bool = True) -> Ledger:

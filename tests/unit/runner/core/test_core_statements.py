@@ -12,8 +12,7 @@ from protocol.receipt import Cause, Outcome, Verdict, open_receipt
 from runner.core.plans import Swept
 from runner.core.statements import Statements
 from tests.support.builders import NOW_MS, ORG, RUNNER, a_key, an_attempt
-from tests.support.engine import BOOT_ID, an_exit, opened_receipt, opened_settlement
-from tests.unit.runner.core.test_core_ledger import a_row
+from tests.support.engine import BOOT_ID, a_row, an_exit, opened_receipt, opened_settlement
 
 
 def statements(**over: Any) -> Statements:
@@ -88,9 +87,10 @@ def test_a_reason_that_is_none_of_ours_is_left_out() -> None:
     said = opened_settlement(statements().settlement(an_attempt(), a_row(1), record, NOW_MS))
     assert said.cause.reason is None and said.cause.by == "?" + "b" * 199 and said.cause.detail == "?" * 500
     known = an_exit(cause_reason="SPAWN_FAILED")
-    assert opened_settlement(
-        statements().settlement(an_attempt(), a_row(1), known, NOW_MS)
-    ).cause.reason is Reason.SPAWN_FAILED
+    assert (
+        opened_settlement(statements().settlement(an_attempt(), a_row(1), known, NOW_MS)).cause.reason
+        is Reason.SPAWN_FAILED
+    )
 
 
 def test_numbers_go_on_from_the_journal() -> None:
