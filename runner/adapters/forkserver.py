@@ -21,6 +21,8 @@ from runner.errors import Broken
 REPLY_TIMEOUT_S: Final = 5.0
 """A fork takes a millisecond; a server that is silent for this long is gone."""
 REPLY_BYTES: Final = 8
+REQUESTS_MAX: Final = 4
+"""Unanswered requests: they keep the server busy, and stay below the packets a kernel takes into a socket's queue (10)."""
 _FIRST_FD: Final = 3
 _REQUEST: Final = struct.Struct("<IBB")
 _REPLY: Final = struct.Struct("<Ii")
@@ -37,6 +39,7 @@ class ForkServer:
         self._socket: socket.socket | None = None
         self._replies: dict[int, asyncio.Future[int]] = {}
         self._serial = 0
+        self._room = asyncio.Semaphore(REQUESTS_MAX)
         self._children: list[int] = []
         """Processes we started and have not reaped yet: servers that went, and shims started without one."""
 
@@ -57,9 +60,9 @@ class ForkServer:
 
     async def fork(self, dirfd: int, controller: int, locks: Sequence[int] = ()) -> None:
         """Fork a shim that owns these fds (all stay open here). Raises Broken when not even the slow way works."""
-        self._reap()
         try:
-            await self._request([dirfd, controller, *locks])
+            async with self._room:
+                await self._request([dirfd, controller, *locks])
         except (OSError, TimeoutError):
             self.close()
             self._fallback([dirfd, controller, *locks])
@@ -86,15 +89,15 @@ class ForkServer:
     async def _request(self, fds: Sequence[int]) -> None:
         if self._socket is None:
             raise OSError("no fork server")
-        self._serial = (self._serial + 1) & 0xFFFFFFFF
+        serial = self._serial = (self._serial + 1) & 0xFFFFFFFF
         reply = asyncio.get_running_loop().create_future()
-        self._replies[self._serial] = reply
+        self._replies[serial] = reply
         try:
-            request = _REQUEST.pack(self._serial, _OP_FORK, len(fds) - 2)
+            request = _REQUEST.pack(serial, _OP_FORK, len(fds) - 2)
             socket.send_fds(self._socket, [request], list(fds))
             result = await asyncio.wait_for(reply, REPLY_TIMEOUT_S)
         finally:
-            self._replies.pop(self._serial, None)
+            self._replies.pop(serial, None)
         if result < 0:
             raise OSError(-result, os.strerror(-result))
 
@@ -115,6 +118,7 @@ class ForkServer:
             waiting.set_result(result)
 
     def _fallback(self, fds: Sequence[int]) -> None:
+        self._reap()
         try:
             self._children.append(_spawn("shim", fds))
         except OSError as exc:

@@ -26,6 +26,8 @@ LINGER_MS: Final = 10_000
 # A record that cannot be made durable is tried again, and given up with the shim's own life.
 DURABLE_RETRY_MS: Final = 1_000
 DURABLE_WAIT_MS: Final = 60_000
+# A daemon that was told the end commits it at once: two syncs side by side would only delay each other.
+SETTLE_WAIT_MS: Final = 20
 FAULTS_MAX: Final = 3
 _READABLE: Final = select.POLLIN
 
@@ -64,7 +66,7 @@ class Guard:
         """
         now_ms = system.boottime_ms()
         self._watch_signals()
-        for fd in (self.links.listen(self.dirfd), *self.links.by_fd):
+        for fd in self.links.by_fd:
             self.poll.register(fd, _READABLE)
         attempt, segment, spool = self.story.attempt, spec.SEGMENT_BYTES_DEFAULT, spec.SPOOL_BYTES_DEFAULT
         failure = ""
@@ -83,11 +85,14 @@ class Guard:
                 timeout_ms=wanted.timeout_ms,
                 lease=wanted.lease,
             )
+        # Before the files are made: the daemon's commit, which the release waits for, runs beside them.
+        self.links.tell(self._welcome())
+        self.poll.register(self.links.listen(self.dirfd), _READABLE)
         self.log = output.Log(
             report.make_log_directory(self.dirfd), attempt, segment_bytes=segment, spool_bytes=spool, warm=self.warm
         )
         self.story.write_meta("ready")
-        self.links.tell(self._welcome())
+        files.reserve(self.dirfd, report.EXIT_NAME)
         self._step(machine.FAULT, detail=failure) if failure else self._step(machine.TICK)
 
     def run(self) -> None:
@@ -128,8 +133,13 @@ class Guard:
     def _wait_ms(self) -> int:
         now_ms = system.boottime_ms()
         if self.machine.state == machine.EXITED:
-            limit = DURABLE_RETRY_MS if not self.durable else LOOK_IDLE_MS
+            limit = LOOK_IDLE_MS
             due = self.leave_ms
+            if not self.durable:
+                limit = DURABLE_RETRY_MS
+                settle_ms = self.story.ended_ms + SETTLE_WAIT_MS
+                if now_ms < settle_ms and due is None:
+                    due = settle_ms
         else:
             due = self.machine.deadline_ms()
             limit = LOOK_IDLE_MS if due is None else LOOK_DEADLINE_MS
@@ -274,6 +284,8 @@ class Guard:
             self._step(machine.SPAWN_FAILED, text=exc.reason, detail=exc.detail)
             return
         self.child = self.story.child = started
+        if self.tree is not None:
+            self.tree.begin(started.pid)
         for fd, kind in ((started.stdout_fd, records.STDOUT), (started.stderr_fd, records.STDERR)):
             self.pipes[fd] = kind
             self.small_pipes.add(fd)
@@ -281,8 +293,6 @@ class Guard:
         self._step(machine.SPAWNED)
         self.story.write_meta("running")
         self.links.tell(self._started(started))
-        # The child runs by now: this costs the start nothing.
-        files.reserve(self.dirfd, report.EXIT_NAME)
 
     def _reap(self) -> None:
         try:
@@ -313,7 +323,8 @@ class Guard:
             body = self.story.exit_object(self.machine, self.log)
         self._tell_exit(body, self.log)
         self.links.ring(self.log.end)
-        self._make_durable()
+        if not self.links.greeted():
+            self._make_durable()
 
     def _tell_exit(self, body: dict[str, files.Json], log: output.Log) -> None:
         body["log"] = {"end": log.end, "segments": log.segments, "chain": log.chain.hex()}
@@ -338,10 +349,11 @@ class Guard:
     def _linger(self) -> None:
         now_ms = system.boottime_ms()
         ended_ms = self.story.ended_ms
-        if not self.durable and not self.done and now_ms < ended_ms + DURABLE_WAIT_MS:
+        collected = self.leave_ms is not None and self.leave_ms <= now_ms
+        told = not collected and self.links.greeted() and now_ms < ended_ms + SETTLE_WAIT_MS
+        if not self.durable and not self.done and not told and now_ms < ended_ms + DURABLE_WAIT_MS:
             self._make_durable()
             return
-        collected = self.leave_ms is not None and self.leave_ms <= now_ms
         if collected:
             self.done = True
         elif self.links.greeted():

@@ -35,6 +35,7 @@ RECORD_HEADER_BYTES: Final = 16
 # Four full records for each read: a larger gather leaves the L2 cache, a smaller one costs system calls.
 GATHER_RECORDS: Final = 4
 STAT_BYTES_MAX: Final = 4096
+READ_BYTES: Final = 65_536
 PR_SET_CHILD_SUBREAPER: Final = 36
 IGNORED_SIGNALS: Final = (
     signals.SIGHUP,
@@ -81,6 +82,21 @@ def read_text(path: str) -> str:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return os.read(fd, STAT_BYTES_MAX).decode("latin-1")
+    finally:
+        os.close(fd)
+
+
+def read_whole(path: str) -> bytes:
+    """
+    A kernel file of any length. Raises OSError.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        whole = chunk = os.read(fd, READ_BYTES)
+        while chunk:
+            chunk = os.read(fd, READ_BYTES)
+            whole += chunk
+        return whole
     finally:
         os.close(fd)
 

@@ -26,6 +26,8 @@ PASSES_TERM: Final = 2
 PASSES_KILL: Final = 10
 ENVIRON_BYTES_MAX: Final = 4_194_304
 END_RETRY_S: Final = 0.02
+# Pids that were taken and given back without a fork being counted, when a fork failed half-way.
+PIDS_SPARE: Final = 2048
 _READ_BYTES: Final = 65_536
 
 
@@ -51,6 +53,14 @@ class Tree:
         self._cookie = cookie
         self._me = os.getpid()
         self._uid = os.geteuid()
+        self._forks = _forks()
+        self._eldest = 0
+
+    def begin(self, pid: int) -> None:
+        """
+        The child is `pid`: nobody who was born before it carries the cookie.
+        """
+        self._eldest = pid
 
     def find(self) -> list[Process]:
         """
@@ -68,7 +78,7 @@ class Tree:
                 start = _living(pid)
                 if start:
                     found[pid] = Process(pid, start, DESCENDANTS)
-        for pid in _pids():
+        for pid in self._strangers():
             if pid not in seen and self._carries_cookie(pid):
                 start = _living(pid)
                 if start:
@@ -95,6 +105,21 @@ class Tree:
                 if send(each, number):
                     reached.append(each)
         return reached, count
+
+    def _strangers(self) -> list[int]:
+        """
+        Whoever may carry the cookie: all who were born after the child.
+
+        Reading the environment of every process would cost each end of an attempt milliseconds. Pids are given out in
+        rising order, so the younger ones have higher numbers, as long as there were too few forks to come round.
+        """
+        pids = list(_pids())
+        newest, tasks = _last_pid()
+        born = _forks() - self._forks
+        come_round = self._eldest + born + tasks + PIDS_SPARE >= _pid_max()
+        if come_round or not 0 < self._eldest <= newest or born <= 0:
+            return pids
+        return [pid for pid in pids if pid > self._eldest]
 
     def _carries_cookie(self, pid: int) -> bool:
         path = f"/proc/{pid}"
@@ -202,6 +227,35 @@ def _children(pid: int) -> list[int]:
 def _parent(pid: int) -> int:
     fields = system.stat_fields(pid)
     return int(fields[1]) if len(fields) > 1 else 0
+
+
+def _forks() -> int:
+    """
+    Processes and threads this machine has started since it booted, 0 where the kernel does not tell.
+    """
+    try:
+        told = system.read_whole("/proc/stat").rpartition(b"\nprocesses ")[2]
+        return int(told.split(None, 1)[0])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _last_pid() -> tuple[int, int]:
+    """
+    The pid that was given out last, and how many processes and threads there are; zeros where the kernel does not tell.
+    """
+    try:
+        fields = system.read_text("/proc/loadavg").split()
+        return int(fields[4]), int(fields[3].partition("/")[2])
+    except (OSError, ValueError, IndexError):
+        return 0, 0
+
+
+def _pid_max() -> int:
+    try:
+        return int(system.read_text("/proc/sys/kernel/pid_max"))
+    except (OSError, ValueError):
+        return 0
 
 
 def _pids() -> Iterator[int]:

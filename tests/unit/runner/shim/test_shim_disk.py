@@ -53,11 +53,13 @@ def test_a_full_disk_makes_a_hole_and_stops_nothing(start_shim: StartShim, small
 def test_output_goes_on_when_the_disk_has_room_again(start_shim: StartShim, small_disk: Path) -> None:
     """After the hole the log continues at the offset that is reached, and the exit record is there."""
     ballast = small_disk / "ballast"
-    fifo = small_disk / "fifo"
-    os.mkfifo(fifo)
+    # One for each wait: a reader that opens the same one again may meet the writer it has already heard.
+    first, second = small_disk / "first", small_disk / "second"
+    os.mkfifo(first)
+    os.mkfifo(second)
     shim = start_shim(
         small_disk,
-        argv=["sh", "-c", "echo first; read x < fifo; echo lost; read x < fifo; echo last"],
+        argv=["sh", "-c", "echo first; read x < first; echo lost; read x < second; echo last"],
         cwd=str(small_disk),
     )
     shim.start()
@@ -65,10 +67,10 @@ def test_output_goes_on_when_the_disk_has_room_again(start_shim: StartShim, smal
     fill(ballast)
     # The open segment's last page has room: fill it through the log itself, then lose a line.
     shim.controller.send(wire.ARM, struct.pack("<Q", 4_200))
-    fifo.write_text("go\n")
+    first.write_text("go\n")
     wait_for(lambda: b"lost" in shim.log().stdout or shim.log().holes, "the second line")
     ballast.unlink()
-    fifo.write_text("go\n")
+    second.write_text("go\n")
     record = shim.exit()
     log = shim.log()
     assert log.stdout.endswith(b"last\n")
@@ -134,9 +136,10 @@ def test_trimmed_segments_make_room(start_shim: StartShim, tmp_path: Path) -> No
     """Segments below TRIM go, oldest first, only over the limit; the log goes on without a hole."""
     folder = tmp_path / "work"
     folder.mkdir()
-    os.mkfifo(folder / "fifo")
+    os.mkfifo(folder / "first")
+    os.mkfifo(folder / "second")
     shim = start_shim(
-        argv=["sh", "-c", "head -c 400000 /dev/zero; read x < fifo; head -c 400000 /dev/zero; read x < fifo"],
+        argv=["sh", "-c", "head -c 400000 /dev/zero; read x < first; head -c 400000 /dev/zero; read x < second"],
         cwd=str(folder),
         spool_bytes=500_000,
         segment_bytes=100_000,
@@ -148,7 +151,7 @@ def test_trimmed_segments_make_room(start_shim: StartShim, tmp_path: Path) -> No
     daemon = shim.connect()
     daemon.hello()
     assert struct.unpack_from("<HBQ", daemon.wait(wire.WELCOME))[2] == 0, "nothing is deleted below the limit"
-    (folder / "fifo").write_text("go\n")
+    (folder / "first").write_text("go\n")
     daemon.send(wire.ARM, struct.pack("<Q", 790_000))
     daemon.wait(wire.BELL)
     daemon.hello()
@@ -156,7 +159,7 @@ def test_trimmed_segments_make_room(start_shim: StartShim, tmp_path: Path) -> No
     kept = sorted(int(path.stem, 16) for path in (shim.dir / "log").iterdir())
     assert kept[0] == first > 0
     assert not set(before[:2]) & set(kept)
-    (folder / "fifo").write_text("go\n")
+    (folder / "second").write_text("go\n")
     daemon.wait(wire.EXIT)
     daemon.close()
     sizes = [(int(path.stem, 16), path.stat().st_size) for path in sorted((shim.dir / "log").iterdir())]
@@ -167,7 +170,7 @@ def test_a_deleted_directory_ends_the_tree(start_shim: StartShim) -> None:
     """Nobody can find a shim without its directory: it ends its tree and itself, and tells who still listens."""
     shim = start_shim(argv=["sh", "-c", "sleep 60 & sleep 60"], grace_ms=5_000)
     pid = shim.start()
-    wait_for(lambda: (shim.dir / "exit.json.tmp").exists(), "the last file that a quiet shim makes")
+    wait_for(lambda: (shim.dir / "exit.json.tmp").exists(), "the last file that a shim makes before its start")
     shutil.rmtree(shim.dir)
     shim.controller.send(wire.ARM, struct.pack("<Q", 0))  # any event makes it look
     record = shim.exit()
@@ -180,7 +183,7 @@ def test_a_deleted_directory_ends_the_tree(start_shim: StartShim) -> None:
 def test_a_deleted_log_directory_ends_the_tree(start_shim: StartShim) -> None:
     """Output that can never be kept again is the shim's failure, not a hole."""
     shim = start_shim(argv=["sh", "-c", "echo a; read x < /dev/null; yes"], segment_bytes=4096, grace_ms=5_000)
-    shim.controller.wait(wire.WELCOME)
+    wait_for(lambda: (shim.dir / "exit.json.tmp").exists(), "the last file that a shim makes before its start")
     shutil.rmtree(shim.dir / "log")
     record = shim.run()
     assert (record["cause"]["kind"], record["verdict"]) == ("shim_failed", "stopped")

@@ -27,6 +27,7 @@ def test_the_first_word_is_a_welcome(start_shim: StartShim) -> None:
     shim = start_shim()
     proto, phase, first, end, token, pid, start = struct.unpack("<HBQQQIQ", shim.controller.wait(wire.WELCOME))
     assert (proto, phase, first, end, token, pid) == (1, wire.PHASE_READY, 0, 0, 0, shim.pid)
+    wait_for((shim.dir / "meta.json").exists, "meta.json")
     meta = shim.meta()
     assert (meta["phase"], meta["shim"], meta["child"]) == ("ready", {"pid": pid, "start": start}, None)
     assert (shim.dir / "s").stat().st_mode & 0o777 == 0o600
