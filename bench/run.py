@@ -36,6 +36,7 @@ RUNNER = "bench"
 ENV = {"PATH": "/usr/local/bin:/usr/bin:/bin"}
 GIB = 1 << 30
 WAIT_S = 120.0
+HELD = 50
 
 
 class World:
@@ -230,14 +231,13 @@ async def idle_memory(world: World, quick: bool) -> dict[str, Any]:
 
 
 async def held_memory(world: World, quick: bool) -> dict[str, Any]:
-    """Mean PSS of 50 shims that hold a sleeping child."""
-    count = 50
+    """Mean PSS of shims that hold a sleeping child."""
+    count = HELD
     ids = [(await world.order("sleep", "600")).id for _ in range(count)]
     while sum(world.plane.execution(execution).state == "running" for execution in ids) < count:
         await asyncio.sleep(0.05)
     await asyncio.sleep(0.5)
-    shims = [pid for pid in children_of(world.status()["fork_server_pid"]) if pid]
-    sizes = [pss_kib(pid) for pid in shims]
+    sizes = [pss_kib(pid) for pid in shims_of(world.home, ids)]
     for execution in ids:
         await world.plane.stop_execution(execution, 100)
     for execution in ids:
@@ -245,10 +245,9 @@ async def held_memory(world: World, quick: bool) -> dict[str, Any]:
     return {"shims measured": len(sizes), "mean PSS of a shim, MiB": statistics.mean(sizes) / 1024}
 
 
-def children_of(parent: int) -> list[int]:
-    """Direct children of a process."""
-    found = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return [int(pid) for pid in found]
+def shims_of(home: Path, ids: list[str]) -> list[int]:
+    """The shims of these executions, by what they wrote of themselves."""
+    return [json.loads((home / "state" / "x" / f"{name}.1" / "meta.json").read_bytes())["shim"]["pid"] for name in ids]
 
 
 def pss_kib(pid: int) -> int:

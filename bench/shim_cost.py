@@ -1,5 +1,4 @@
-"""
-What a shim costs: start latency, throughput, memory, with posix_spawn + wait beside it in the same run.
+"""What a shim costs: start latency, throughput, memory, with posix_spawn + wait beside it in the same run.
 
 Usage: python bench/shim_cost.py [directory]. The directory should be on the disk that holds the state directory.
 """
@@ -26,9 +25,7 @@ FLOODS = 5
 
 
 def main() -> None:
-    """
-    Run every part and print one table.
-    """
+    """Run every part and print one table."""
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as name:
         root = Path(name)
         server = ForkServer()
@@ -42,9 +39,7 @@ def main() -> None:
 
 
 def one_start(root: Path, server: ForkServer | None) -> tuple[float, float]:
-    """
-    Milliseconds from the request to STARTED and to EXIT of /bin/true.
-    """
+    """Milliseconds from the request to STARTED and to EXIT of /bin/true."""
     shim = Shim(root, server, argv=["/bin/true"])
     begun = shim.requested
     shim.start()

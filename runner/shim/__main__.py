@@ -1,5 +1,4 @@
-"""
-Entry point of the fork server and of a single shim, run as a file by `python -I -S`.
+"""Entry point of the fork server and of a single shim, run as a file by `python -I -S`.
 
 `forkserver` serves requests on fd 3. `shim` guards one attempt: fd 3 is its directory, fd 4 the controller, the
 fds that follow without a break (at most four) are locks to hold for life. Nothing here may import `site`.
@@ -21,9 +20,7 @@ FIRST_LOCK_FD = 5
 
 
 def main(argv: list[str]) -> int:
-    """
-    Run the role that `argv[1]` names and return the process's exit status (2: usage).
-    """
+    """Run the role that `argv[1]` names and return the process's exit status (2: usage)."""
     role = argv[1] if len(argv) == 2 else ""
     if role == "forkserver":
         return forkserver.serve(DIRECTORY_FD)

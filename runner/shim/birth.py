@@ -1,6 +1,4 @@
-"""
-The birth of a shim: from a fork or a fresh interpreter to a process that owns its attempt and nothing else.
-"""
+"""The birth of a shim: from a fork or a fresh interpreter to a process that owns its attempt and nothing else."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ LOCK_RETRY_S: Final = 0.005
 
 
 def settle() -> None:
-    """
-    Leave the life before: session, standard streams, signals, directory. Raises OSError.
-    """
+    """Leave the life before: session, standard streams, signals, directory. Raises OSError."""
     gc.disable()
     if os.getsid(0) != os.getpid():
         os.setsid()
@@ -36,8 +32,7 @@ def settle() -> None:
 
 
 def main(dirfd: int, controller_fd: int, lock_fds: list[int], warm: system.Warm) -> int:
-    """
-    Guard the attempt in `dirfd` from birth to end; returns the exit status of the shim (0: it did its work).
+    """Guard the attempt in `dirfd` from birth to end; returns the exit status of the shim (0: it did its work).
 
     `settle` comes first, and other descriptors than those named and the standard three are closed before.
     """
@@ -60,9 +55,7 @@ def main(dirfd: int, controller_fd: int, lock_fds: list[int], warm: system.Warm)
 
 
 def _lock(dirfd: int) -> None:
-    """
-    Hold `lock` for life; never closed on purpose. Raises TimeoutError when another shim holds it.
-    """
+    """Hold `lock` for life; never closed on purpose. Raises TimeoutError when another shim holds it."""
     fd = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=dirfd)
     end_ms = system.boottime_ms() + LOCK_WAIT_MS
     while True:

@@ -1,5 +1,4 @@
-"""
-Starting the child: environment, directory, limits, `posix_spawn`, and the errors that come before it runs.
+"""Starting the child: environment, directory, limits, `posix_spawn`, and the errors that come before it runs.
 
 The shim takes the child's umask, limits and directory upon itself for the length of one call, because
 `posix_spawn` can set none of them, and takes its own back afterwards.
@@ -31,9 +30,7 @@ PIPE_BYTES: Final = (1_048_576, 262_144)
 
 
 class SpawnError(Exception):
-    """
-    The child could not be started; `reason` is a stable code of `exec_failed`.
-    """
+    """The child could not be started; `reason` is a stable code of `exec_failed`."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -42,9 +39,7 @@ class SpawnError(Exception):
 
 
 class Child:
-    """
-    A started child and the read ends of its output.
-    """
+    """A started child and the read ends of its output."""
 
     __slots__ = ("pid", "start", "started_ms", "started_ns", "stderr_fd", "stdout_fd")
 
@@ -58,9 +53,7 @@ class Child:
 
 
 def spawn(spec: Spec, env: dict[bytes, bytes]) -> Child:
-    """
-    Start the child of `spec` with exactly `env`. Raises SpawnError when it never ran.
-    """
+    """Start the child of `spec` with exactly `env`. Raises SpawnError when it never ran."""
     fds: list[int] = []
     try:
         fds.extend(os.pipe2(os.O_CLOEXEC))
@@ -82,9 +75,7 @@ def spawn(spec: Spec, env: dict[bytes, bytes]) -> Child:
 
 
 def enlarge_pipe(fd: int) -> None:
-    """
-    Give a flooding pipe more room, as much as the kernel allows.
-    """
+    """Give a flooding pipe more room, as much as the kernel allows."""
     for size in PIPE_BYTES:
         try:
             fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, size)
@@ -94,9 +85,7 @@ def enlarge_pipe(fd: int) -> None:
 
 
 def resolve(argv0: bytes, env: dict[bytes, bytes]) -> bytes:
-    """
-    The file that `argv0` names in the child's PATH, seen from the current directory. Raises SpawnError.
-    """
+    """The file that `argv0` names in the child's PATH, seen from the current directory. Raises SpawnError."""
     if b"/" in argv0:
         candidates = [argv0]
     else:
@@ -172,8 +161,7 @@ def _posix_spawn(path: bytes, argv: list[bytes], env: dict[bytes, bytes], out: i
 def _lower_limits(
     wanted: list[tuple[int, int, int]], limits: list[tuple[int, tuple[int, int]]]
 ) -> list[tuple[int, tuple[int, int]]]:
-    """
-    Take the child's limits; what must be undone goes to `limits`, what only the child can take is returned.
+    """Take the child's limits; what must be undone goes to `limits`, what only the child can take is returned.
 
     A hard limit below ours could never be raised again, so we take the soft one and the child gets the hard one
     right after it was spawned.
@@ -200,9 +188,7 @@ def _limit_child(pid: int, number: int, pair: tuple[int, int]) -> None:
 
 
 def _swap_oom_score(value: str) -> str | None:
-    """
-    Set our `oom_score_adj`; returns the old value when it was another and the kernel agreed.
-    """
+    """Set our `oom_score_adj`; returns the old value when it was another and the kernel agreed."""
     try:
         old = system.read_text(OOM_SCORE_ADJ).strip()
         if old == value:

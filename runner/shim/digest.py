@@ -1,5 +1,4 @@
-"""
-The digest of the open segment.
+"""The digest of the open segment.
 
 SHA-256 runs twice over every byte of output: once for the stream, once for the segment. On one core the second
 pass halves the throughput of a flood, so past a threshold it moves to a thread that reads the segment back from
@@ -24,9 +23,7 @@ WAKE_BYTES: Final = 1_048_576
 
 
 class SegmentDigest:
-    """
-    SHA-256 of a growing file, computed here or behind.
-    """
+    """SHA-256 of a growing file, computed here or behind."""
 
     def __init__(self, blank: Hash) -> None:
         self._blank = blank
@@ -39,17 +36,13 @@ class SegmentDigest:
         self._threaded = False
 
     def begin(self, fd: int) -> None:
-        """
-        Start anew for the empty segment open (readable) as `fd`.
-        """
+        """Start anew for the empty segment open (readable) as `fd`."""
         self._hash = self._blank.copy()
         self._fd = fd
         self._done = self._size = 0
 
     def wrote(self, view: memoryview | bytes) -> None:
-        """
-        Take the bytes that were just written at the end of the segment.
-        """
+        """Take the bytes that were just written at the end of the segment."""
         self._size += len(view)
         self._seen += len(view)
         if not self._threaded:
@@ -64,9 +57,7 @@ class SegmentDigest:
             self._wake()
 
     def finish(self) -> bytes:
-        """
-        The digest of the whole segment. Raises OSError when it cannot be read back.
-        """
+        """The digest of the whole segment. Raises OSError when it cannot be read back."""
         if self._busy:
             self._idle.acquire()
             self._busy = False

@@ -1,5 +1,4 @@
-"""
-The attempt's JSON files: reading, writing, replacing whole.
+"""The attempt's JSON files: reading, writing, replacing whole.
 
 The C scanner reads JSON without the `json` package, a small writer makes it. Every path is relative to the
 directory's descriptor, so a renamed or replaced parent cannot send a write elsewhere.
@@ -26,15 +25,11 @@ _WRITE: Final = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 class FileError(ValueError):
-    """
-    A file of the attempt that cannot be used; the text says which and why.
-    """
+    """A file of the attempt that cannot be used; the text says which and why."""
 
 
 class _Scanner:
-    """
-    What `_json.make_scanner` asks of its context.
-    """
+    """What `_json.make_scanner` asks of its context."""
 
     strict = True
     object_hook = None
@@ -46,16 +41,12 @@ class _Scanner:
 
     @staticmethod
     def parse_constant(name: str) -> float:
-        """
-        Refuse NaN and the infinities.
-        """
+        """Refuse NaN and the infinities."""
         raise ValueError(f"{name} is not JSON")
 
     @staticmethod
     def object_pairs_hook(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
-        """
-        Refuse an object that names a key twice.
-        """
+        """Refuse an object that names a key twice."""
         made = dict(pairs)
         if len(made) != len(pairs):
             raise ValueError("a key is named twice")
@@ -63,9 +54,7 @@ class _Scanner:
 
 
 def decode(data: bytes) -> Json:
-    """
-    One JSON value. Raises ValueError for anything else.
-    """
+    """One JSON value. Raises ValueError for anything else."""
     text = data.decode("utf-8").strip(" \t\r\n")
     try:
         value, end = make_scanner(_Scanner())(text, 0)  # type: ignore[arg-type]  # it asks for the attributes only
@@ -80,9 +69,7 @@ def decode(data: bytes) -> Json:
 
 
 def encode(value: Json) -> str:
-    """
-    `value` as ASCII JSON.
-    """
+    """`value` as ASCII JSON."""
     if value is None:
         return "null"
     if value is True:
@@ -99,9 +86,7 @@ def encode(value: Json) -> str:
 
 
 def read_object(dirfd: int, name: str, bytes_max: int) -> dict[str, Json]:
-    """
-    The JSON object in file `name`. Raises FileError when it is too large, not an object or not of version 1.
-    """
+    """The JSON object in file `name`. Raises FileError when it is too large, not an object or not of version 1."""
     try:
         fd = os.open(name, _READ, dir_fd=dirfd)
     except OSError as exc:
@@ -126,9 +111,7 @@ def read_object(dirfd: int, name: str, bytes_max: int) -> dict[str, Json]:
 
 
 def replace(dirfd: int, name: str, data: bytes) -> None:
-    """
-    Put `data` in place of file `name` by rename: a reader sees the old or the new, whole. Raises OSError.
-    """
+    """Put `data` in place of file `name` by rename: a reader sees the old or the new, whole. Raises OSError."""
     temporary = name + ".tmp"
     fd = os.open(temporary, _WRITE | os.O_TRUNC, 0o600, dir_fd=dirfd)
     try:
@@ -139,9 +122,7 @@ def replace(dirfd: int, name: str, data: bytes) -> None:
 
 
 def reserve(dirfd: int, name: str) -> None:
-    """
-    Set a page of disk aside for `name`, as far as the file system can.
-    """
+    """Set a page of disk aside for `name`, as far as the file system can."""
     try:
         fd = os.open(name + ".tmp", _WRITE, 0o600, dir_fd=dirfd)
     except OSError:
@@ -155,9 +136,7 @@ def reserve(dirfd: int, name: str) -> None:
 
 
 def replace_durably(dirfd: int, name: str, data: bytes) -> None:
-    """
-    As `replace`, over the bytes that `reserve` set aside, with the file and its directory synced. Raises OSError.
-    """
+    """As `replace`, over the bytes that `reserve` set aside, with the file and its directory synced. Raises OSError."""
     temporary = name + ".tmp"
     fd = os.open(temporary, _WRITE, 0o600, dir_fd=dirfd)
     try:
@@ -171,18 +150,14 @@ def replace_durably(dirfd: int, name: str, data: bytes) -> None:
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """
-    Write every byte. Raises OSError.
-    """
+    """Write every byte. Raises OSError."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
 
 
 def note_failure(dirfd: int, exc: BaseException) -> None:
-    """
-    Append the traceback of `exc` to `shim.err`, within its bound; a failure to do so is not told to anybody.
-    """
+    """Append the traceback of `exc` to `shim.err`, within its bound; a failure to do so is not told to anybody."""
     lines = ["Traceback (innermost last):\n"]
     trace = exc.__traceback__
     while trace is not None and len(lines) < 64:

@@ -1,5 +1,4 @@
-"""
-The fork server: hands out one forked shim for each request on a SOCK_SEQPACKET socket, and knows nothing else.
+"""The fork server: hands out one forked shim for each request on a SOCK_SEQPACKET socket, and knows nothing else.
 
 It has no threads, so a fork is safe; it freezes its heap before serving, so shims share it. Its death, restart or
 upgrade does not touch a running shim. It never reads an attempt's files.
@@ -32,8 +31,7 @@ _REPLY: Final = _struct.Struct("<Ii")
 
 
 def serve(socket_fd: int) -> int:
-    """
-    Serve requests on `socket_fd` until its other end is closed; returns the exit status.
+    """Serve requests on `socket_fd` until its other end is closed; returns the exit status.
 
     In a forked shim this never returns: the shim leaves through `os._exit`.
     """
@@ -69,9 +67,7 @@ def serve(socket_fd: int) -> int:
 
 
 class _Server:
-    """
-    One shim is always forked ahead and waits for its attempt, so a request does not wait for a fork.
-    """
+    """One shim is always forked ahead and waits for its attempt, so a request does not wait for a fork."""
 
     def __init__(self, sock: _socket.socket, warm: system.Warm) -> None:
         self._sock = sock
@@ -80,9 +76,7 @@ class _Server:
         self.keep_spare()
 
     def answer(self, request: bytes, fds: list[int]) -> bytes | None:
-        """
-        The reply to one request, None for what cannot even be answered.
-        """
+        """The reply to one request, None for what cannot even be answered."""
         if len(request) < _REQUEST.size:
             return None
         number, op, lock_count = _REQUEST.unpack_from(request)
@@ -96,9 +90,7 @@ class _Server:
             return _REPLY.pack(number, -(exc.errno or errno.EAGAIN))
 
     def keep_spare(self) -> None:
-        """
-        Fork the next shim unless one waits; a fork that fails now is tried again for the next request.
-        """
+        """Fork the next shim unless one waits; a fork that fails now is tried again for the next request."""
         if self._spare is None:
             try:
                 self._spare = self._fork()

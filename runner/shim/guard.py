@@ -1,5 +1,4 @@
-"""
-The shim's main loop: joins the machine with the child, the tree, the log and the connections of one attempt.
+"""The shim's main loop: joins the machine with the child, the tree, the log and the connections of one attempt.
 
 Every failure of its own becomes an input of the machine first, so that the child's tree is ended by the ladder;
 only a failure that repeats ends in `last_resort`. It never leaves a child behind knowingly.
@@ -33,9 +32,7 @@ _READABLE: Final = select.POLLIN
 
 
 class Guard:
-    """
-    One shim at work. `prepare` takes the directory, `run` lives until nobody needs the shim any more.
-    """
+    """One shim at work. `prepare` takes the directory, `run` lives until nobody needs the shim any more."""
 
     def __init__(self, dirfd: int, controller_fd: int, warm: system.Warm) -> None:
         self.dirfd = dirfd
@@ -61,9 +58,7 @@ class Guard:
         self.done = False
 
     def prepare(self) -> None:
-        """
-        Take hold of the directory and say WELCOME. Raises OSError when the attempt cannot even be refused.
-        """
+        """Take hold of the directory and say WELCOME. Raises OSError when the attempt cannot even be refused."""
         now_ms = system.boottime_ms()
         self._watch_signals()
         for fd in self.links.by_fd:
@@ -96,9 +91,7 @@ class Guard:
         self._step(machine.FAULT, detail=failure) if failure else self._step(machine.TICK)
 
     def run(self) -> None:
-        """
-        Work until the shim may leave.
-        """
+        """Work until the shim may leave."""
         while not self.done:
             try:
                 self.turn()
@@ -106,9 +99,7 @@ class Guard:
                 self._fault(exc)
 
     def turn(self) -> None:
-        """
-        Wait for the next event or deadline and answer it. Raises whatever goes wrong.
-        """
+        """Wait for the next event or deadline and answer it. Raises whatever goes wrong."""
         for fd, _event in self.poll.poll(self._wait_ms()):
             if fd in self.pipes:
                 self._copy(fd)
@@ -376,9 +367,7 @@ class Guard:
         self._step(machine.FAULT, detail=f"{type(exc).__name__}: {exc}")
 
     def last_resort(self) -> None:
-        """
-        End the tree without the loop, and leave what record can still be left.
-        """
+        """End the tree without the loop, and leave what record can still be left."""
         if self.tree is not None and self.child is not None:
             self.machine.survivors = tree.end(self.tree, self.spec.kill_wait_ms if self.spec else 0)
         if not self.exit_frame and self.log is not None:

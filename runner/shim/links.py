@@ -1,5 +1,4 @@
-"""
-The connections of a shim: the controller it was born with and the socket `s`.
+"""The connections of a shim: the controller it was born with and the socket `s`.
 
 Rule 1. The shim never waits for a daemon: a message goes out at once and whole, or its connection is dropped.
 Rule 2. On `s` a daemon speaks first; the newest HELLO closes every older connection that was greeted.
@@ -29,9 +28,7 @@ READ_BYTES: Final = 32_768
 
 
 class Link:
-    """
-    One connection.
-    """
+    """One connection."""
 
     __slots__ = ("armed", "greeted", "inbox", "sock")
 
@@ -44,9 +41,7 @@ class Link:
 
 
 class Links:
-    """
-    The controller, the listening socket and the connections made to it, by descriptor.
-    """
+    """The controller, the listening socket and the connections made to it, by descriptor."""
 
     def __init__(self, controller_fd: int) -> None:
         self.by_fd: dict[int, Link] = {}
@@ -55,9 +50,7 @@ class Links:
         self.listener: _socket.socket | None = None
 
     def listen(self, dirfd: int) -> int:
-        """
-        Bind and listen on `s` in the attempt's directory; returns the listening descriptor. Raises OSError.
-        """
+        """Bind and listen on `s` in the attempt's directory; returns the listening descriptor. Raises OSError."""
         if os.access(SOCKET_NAME, os.F_OK, dir_fd=dirfd, follow_symlinks=False):
             os.unlink(SOCKET_NAME, dir_fd=dirfd)
         sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC | _socket.SOCK_NONBLOCK)
@@ -72,9 +65,7 @@ class Links:
         return sock.fileno()
 
     def accept(self) -> list[int]:
-        """
-        Take one waiting connection; returns the descriptors to watch (none for a peer of a foreign uid).
-        """
+        """Take one waiting connection; returns the descriptors to watch (none for a peer of a foreign uid)."""
         assert self.listener is not None
         try:
             fd, _address = self.listener._accept()  # type: ignore[attr-defined]
@@ -91,9 +82,7 @@ class Links:
         return [fd]
 
     def receive(self, link: Link) -> Iterator[tuple[int, bytes]]:
-        """
-        Yield the whole messages that have arrived; closes the link at EOF, on an error and on a broken frame.
-        """
+        """Yield the whole messages that have arrived; closes the link at EOF, on an error and on a broken frame."""
         try:
             data = link.sock.recv(READ_BYTES)
         except BlockingIOError:
@@ -115,9 +104,7 @@ class Links:
             yield message
 
     def send(self, link: Link, frame: bytes) -> None:
-        """
-        Send a frame at once, or drop the link.
-        """
+        """Send a frame at once, or drop the link."""
         try:
             sent = link.sock.send(frame, _socket.MSG_NOSIGNAL)
         except OSError:
@@ -126,45 +113,33 @@ class Links:
             self.close(link)
 
     def tell(self, frame: bytes) -> None:
-        """
-        Send a frame to everybody who was greeted.
-        """
+        """Send a frame to everybody who was greeted."""
         for link in self.greeted():
             self.send(link, frame)
 
     def ring(self, end: int) -> None:
-        """
-        Ring the bell of every link that is armed below `end`, once.
-        """
+        """Ring the bell of every link that is armed below `end`, once."""
         for link in list(self.by_fd.values()):
             if link.armed is not None and end > link.armed:
                 link.armed = None
                 self.send(link, wire.pack_bell(end))
 
     def greeted(self) -> list[Link]:
-        """
-        The links whose daemon is known.
-        """
+        """The links whose daemon is known."""
         return [link for link in self.by_fd.values() if link.greeted]
 
     def displace(self, newest: Link, *, keep_controller: bool) -> None:
-        """
-        Close every greeted link but `newest`, and but the controller while it still holds the release.
-        """
+        """Close every greeted link but `newest`, and but the controller while it still holds the release."""
         for link in self.greeted():
             if link is not newest and not (keep_controller and link is self.controller):
                 self.close(link)
 
     def holds(self, link: Link) -> bool:
-        """
-        Whether `link` is still open.
-        """
+        """Whether `link` is still open."""
         return link in self.by_fd.values()
 
     def close(self, link: Link) -> None:
-        """
-        Close a link; closing it twice is harmless.
-        """
+        """Close a link; closing it twice is harmless."""
         if link is self.controller:
             self.controller = None
         if self.by_fd.pop(link.sock.fileno(), None) is not None:
@@ -173,9 +148,7 @@ class Links:
 
 
 def allowed(sock: _socket.socket, uid: int) -> bool:
-    """
-    Whether the peer of `sock` runs as `uid` or root.
-    """
+    """Whether the peer of `sock` runs as `uid` or root."""
     try:
         credentials = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
     except OSError:

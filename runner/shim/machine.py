@@ -1,5 +1,4 @@
-"""
-What a shim does next: the states of one attempt, the stop ladder, the lease and the deadlines. Pure.
+"""What a shim does next: the states of one attempt, the stop ladder, the lease and the deadlines. Pure.
 
 Theory of operation. The guard feeds inputs with the time (CLOCK_BOOTTIME, ms) and performs the actions that come
 back, feeding their results as further inputs. The machine holds no descriptor and reads no clock.
@@ -50,9 +49,7 @@ _NEVER: Final = 1 << 62
 
 
 class Cause:
-    """
-    Why an attempt ended, as in `exit.json`.
-    """
+    """Why an attempt ended, as in `exit.json`."""
 
     __slots__ = ("by", "detail", "kind", "reason")
 
@@ -64,9 +61,7 @@ class Cause:
 
 
 class Lease:
-    """
-    The right to run: fencing token, deadline (BOOTTIME ms) and what to do when it is lost.
-    """
+    """The right to run: fencing token, deadline (BOOTTIME ms) and what to do when it is lost."""
 
     __slots__ = ("action", "deadline_ms", "token")
 
@@ -77,9 +72,7 @@ class Lease:
 
 
 class Machine:
-    """
-    One attempt's state. `step` takes an input and the time and returns the actions to perform, in order.
-    """
+    """One attempt's state. `step` takes an input and the time and returns the actions to perform, in order."""
 
     def __init__(
         self, *, now_ms: int, grace_ms: int, kill_wait_ms: int, timeout_ms: int | None, lease: Lease | None
@@ -118,8 +111,7 @@ class Machine:
         detail: str = "",
         lease: Lease | None = None,
     ) -> list[str]:
-        """
-        Take one input and return the actions it asks for.
+        """Take one input and return the actions it asks for.
 
         `number` is the grace of STOP (None: the spec's) or the count of FOUND; `text` is who asked for a STOP or
         the reason of SPAWN_FAILED; `detail` explains SPAWN_FAILED and FAULT; `lease` is the new one of LEASE.
@@ -133,9 +125,7 @@ class Machine:
         return actions
 
     def deadline_ms(self) -> int | None:
-        """
-        When TICK is due next, None when only an input can change anything.
-        """
+        """When TICK is due next, None when only an input can change anything."""
         if self.state == READY:
             due = min(self._ready_end_ms, self._lease_due(stop_only=True))
         elif self.state == RUNNING:
@@ -149,9 +139,7 @@ class Machine:
         return None if due >= _NEVER else due
 
     def verdict(self, signal: int | None) -> str:
-        """
-        The verdict, given the signal that ended the child (None: it exited).
-        """
+        """The verdict, given the signal that ended the child (None: it exited)."""
         if not self.spawned:
             return "never_started"
         if self.forced:
@@ -159,9 +147,7 @@ class Machine:
         return "exited" if signal is None else "signalled"
 
     def blame(self, detail: str) -> None:
-        """
-        Keep the shim's own failure as the cause when there is none yet.
-        """
+        """Keep the shim's own failure as the cause when there is none yet."""
         if self.cause.kind == CAUSE_NONE:
             self.cause = Cause(CAUSE_SHIM_FAILED, detail=detail)
 

@@ -1,5 +1,4 @@
-"""
-The log writer: copies the child's pipes into segment files as records, and never stops reading.
+"""The log writer: copies the child's pipes into segment files as records, and never stops reading.
 
 Rule 1. `end` counts every record that was made, kept or not: offsets are never reused.
 Rule 2. What cannot be kept is a hole: the segment is sealed at its last whole record, the next starts behind it.
@@ -27,9 +26,7 @@ _OPEN: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 class Stream:
-    """
-    Count and digest of one stream's payload.
-    """
+    """Count and digest of one stream's payload."""
 
     __slots__ = ("bytes", "digest")
 
@@ -39,9 +36,7 @@ class Stream:
 
 
 class Log:
-    """
-    The segments of one attempt, written through the descriptor of `log/`.
-    """
+    """The segments of one attempt, written through the descriptor of `log/`."""
 
     def __init__(self, dirfd: int, attempt: bytes, *, segment_bytes: int, spool_bytes: int, warm: system.Warm) -> None:
         self.first = 0
@@ -67,9 +62,7 @@ class Log:
         self._slice(warm.buffer)
 
     def copy(self, fd: int, kind: int, unix_ns: int, now_ms: int) -> int:
-        """
-        Read once from the pipe `fd` into the log; returns the bytes read, 0 at its end, -1 when it is empty.
-        """
+        """Read once from the pipe `fd` into the log; returns the bytes read, 0 at its end, -1 when it is empty."""
         try:
             count = os.readv(fd, self._slots)
         except BlockingIOError:
@@ -93,9 +86,7 @@ class Log:
         return count
 
     def finish(self, payload: bytes, unix_ns: int) -> None:
-        """
-        Write the exit record, whatever the spool's limit says, and seal the log.
-        """
+        """Write the exit record, whatever the spool's limit says, and seal the log."""
         record = records.pack_record(records.EXIT, payload, unix_ns)
         self._spool_bytes = 1 << 62
         self._hole = False
@@ -103,17 +94,13 @@ class Log:
         self._seal()
 
     def trim(self, offset: int) -> None:
-        """
-        Allow sealed segments below `offset` to be deleted when room is needed.
-        """
+        """Allow sealed segments below `offset` to be deleted when room is needed."""
         self._trim = max(self._trim, offset)
         if self._hole and self._make_room(self._resume_bytes()):
             self._retry_at = 0
 
     def sync(self) -> None:
-        """
-        Make every kept segment durable, as far as the disk can.
-        """
+        """Make every kept segment durable, as far as the disk can."""
         for base, _size in self._sealed:
             try:
                 fd = os.open(records.segment_name(base), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._dirfd)
@@ -188,9 +175,7 @@ class Log:
         return written
 
     def _cut(self, view: memoryview, sizes: list[int], done: int, at: int, written: int) -> tuple[int, int]:
-        """
-        Take back the torn record at the end of a short write; the whole ones before it stay.
-        """
+        """Take back the torn record at the end of a short write; the whole ones before it stay."""
         whole = 0
         while whole + sizes[done] <= written:
             whole += sizes[done]

@@ -1,6 +1,4 @@
-"""
-The log's records as bytes (docs/shim.md §3): headers, the segment record, segment names. Pure.
-"""
+"""The log's records as bytes (docs/shim.md §3): headers, the segment record, segment names. Pure."""
 
 from __future__ import annotations
 
@@ -26,23 +24,17 @@ _SEGMENT: Final = _struct.Struct("<HQ32s")
 
 
 class RecordError(ValueError):
-    """
-    Bytes that are not a record header of this format.
-    """
+    """Bytes that are not a record header of this format."""
 
 
 def pack_header_into(buffer: bytearray | memoryview, at: int, length: int, kind: int, unix_ns: int) -> None:
-    """
-    Write the header of a record with `length` payload bytes at `at`.
-    """
+    """Write the header of a record with `length` payload bytes at `at`."""
     check = crc32(_CHECKED.pack(length, kind, 0, unix_ns)) & 0xFFFF
     _HEADER.pack_into(buffer, at, length, kind, 0, check, unix_ns)
 
 
 def pack_record(kind: int, payload: bytes, unix_ns: int) -> bytes:
-    """
-    One whole record. The payload is at most `PAYLOAD_MAX` bytes.
-    """
+    """One whole record. The payload is at most `PAYLOAD_MAX` bytes."""
     assert len(payload) <= PAYLOAD_MAX
     head = bytearray(HEADER_BYTES)
     pack_header_into(head, 0, len(payload), kind, unix_ns)
@@ -50,9 +42,7 @@ def pack_record(kind: int, payload: bytes, unix_ns: int) -> bytes:
 
 
 def unpack_header(data: bytes | memoryview, at: int = 0) -> tuple[int, int, int]:
-    """
-    `(length, kind, unix_ns)` of the header at `at`. Raises RecordError when it is short, torn or too long.
-    """
+    """`(length, kind, unix_ns)` of the header at `at`. Raises RecordError when it is short, torn or too long."""
     if len(data) - at < HEADER_BYTES:
         raise RecordError("short header")
     length, kind, flags, check, unix_ns = _HEADER.unpack_from(data, at)
@@ -64,16 +54,12 @@ def unpack_header(data: bytes | memoryview, at: int = 0) -> tuple[int, int, int]
 
 
 def segment_record(base: int, previous: bytes, attempt: bytes, unix_ns: int) -> bytes:
-    """
-    The record that opens the segment at `base`; `previous` is the digest of the segment before.
-    """
+    """The record that opens the segment at `base`; `previous` is the digest of the segment before."""
     return pack_record(SEGMENT, _SEGMENT.pack(SEGMENT_FORMAT, base, previous) + attempt, unix_ns)
 
 
 def unpack_segment(payload: bytes) -> tuple[int, bytes, bytes]:
-    """
-    `(base, previous digest, attempt)` of a segment record's payload. Raises RecordError.
-    """
+    """`(base, previous digest, attempt)` of a segment record's payload. Raises RecordError."""
     if len(payload) < _SEGMENT.size:
         raise RecordError("short segment record")
     form, base, previous = _SEGMENT.unpack_from(payload)
@@ -83,7 +69,5 @@ def unpack_segment(payload: bytes) -> tuple[int, bytes, bytes]:
 
 
 def segment_name(base: int) -> str:
-    """
-    File name of the segment at `base`.
-    """
+    """File name of the segment at `base`."""
     return f"{base:016x}.seg"

@@ -1,5 +1,4 @@
-"""
-The fork server's rehearsal: a few attempts of `true`, played on a private stage before the first fork.
+"""The fork server's rehearsal: a few attempts of `true`, played on a private stage before the first fork.
 
 The interpreter fills caches as code runs: the type cache, types made ready, bytecode specialised after eight calls.
 Filled in a shim each of them is a private copy of a page; filled before the fork they are shared by all. Measured
@@ -28,9 +27,7 @@ TURNS_MAX: Final = 40
 
 
 def rehearse(warm: system.Warm, keep: list[int]) -> None:
-    """
-    Play `ROUNDS` attempts on a private stage and clear it away; the descriptors in `keep` stay open.
-    """
+    """Play `ROUNDS` attempts on a private stage and clear it away; the descriptors in `keep` stay open."""
     stage = f"{STAGE}/local-runner-{os.getpid()}"
     umask = os.umask(0o077)
     here = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

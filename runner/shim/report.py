@@ -1,6 +1,4 @@
-"""
-What a shim tells about its attempt: `meta.json`, the exit object, and what they are made of.
-"""
+"""What a shim tells about its attempt: `meta.json`, the exit object, and what they are made of."""
 
 from __future__ import annotations
 
@@ -26,15 +24,11 @@ _NAMES: Final = {records.STDOUT: "stdout", records.STDERR: "stderr"}
 
 
 class UsedDirectoryError(Exception):
-    """
-    The directory belongs to an attempt that was already released: running it again could do its work twice.
-    """
+    """The directory belongs to an attempt that was already released: running it again could do its work twice."""
 
 
 class Story:
-    """
-    The facts of one attempt as they become known.
-    """
+    """The facts of one attempt as they become known."""
 
     def __init__(self, dirfd: int, boot_id: str) -> None:
         self.pid = os.getpid()
@@ -51,9 +45,7 @@ class Story:
         self._swept: dict[tuple[str, int], set[tuple[int, int]]] = {}
 
     def write_meta(self, phase: str) -> None:
-        """
-        Put `meta.json` of `phase` in place. Raises OSError.
-        """
+        """Put `meta.json` of `phase` in place. Raises OSError."""
         started = self.child
         meta: dict[str, Json] = {
             "v": 1,
@@ -68,25 +60,19 @@ class Story:
         files.replace(self._dirfd, META_NAME, files.encode(meta).encode("ascii"))
 
     def child_ended(self, status: int, usage: resource.struct_rusage) -> None:
-        """
-        Keep the child's wait status and resource usage.
-        """
+        """Keep the child's wait status and resource usage."""
         self.status = status
         self._usage = usage
         self._note_end()
 
     def sweep(self, reached: list[tree.Process], signal: int, child_pid: int) -> None:
-        """
-        Count the processes other than the child that the ladder signalled, each once for each signal.
-        """
+        """Count the processes other than the child that the ladder signalled, each once for each signal."""
         for each in reached:
             if each.pid != child_pid:
                 self._swept.setdefault((each.tier, signal), set()).add((each.pid, each.start))
 
     def exit_object(self, machine: Machine, log: Log) -> dict[str, Json]:
-        """
-        The exit object without `log`.
-        """
+        """The exit object without `log`."""
         if not self.ended_ms:
             self._note_end()
         status = self.status
@@ -127,9 +113,7 @@ class Story:
 
 
 def refuse_used_directory(dirfd: int) -> None:
-    """
-    Raise UsedDirectoryError when an earlier shim has released or ended the attempt of this directory.
-    """
+    """Raise UsedDirectoryError when an earlier shim has released or ended the attempt of this directory."""
     # Asked by access and not by trying: exceptions are for what is rare, they touch a lot of memory.
     if os.access(EXIT_NAME, os.F_OK, dir_fd=dirfd, follow_symlinks=False):
         raise UsedDirectoryError("the attempt has ended")
@@ -140,9 +124,7 @@ def refuse_used_directory(dirfd: int) -> None:
 
 
 def make_log_directory(dirfd: int) -> int:
-    """
-    Make `log/` and open it; returns the descriptor. Raises OSError.
-    """
+    """Make `log/` and open it; returns the descriptor. Raises OSError."""
     try:
         os.mkdir("log", 0o700, dir_fd=dirfd)
     except FileExistsError:

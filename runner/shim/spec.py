@@ -1,6 +1,4 @@
-"""
-`spec.json` and the secrets of RELEASE, checked into one value. What is accepted here can be run as it stands.
-"""
+"""`spec.json` and the secrets of RELEASE, checked into one value. What is accepted here can be run as it stands."""
 
 from __future__ import annotations
 
@@ -32,15 +30,11 @@ _ACTIONS: Final = {
 
 
 class SpecError(ValueError):
-    """
-    A spec or a release that cannot be run; the text names the key.
-    """
+    """A spec or a release that cannot be run; the text names the key."""
 
 
 class Spec:
-    """
-    What to run, checked. Texts for the kernel are bytes.
-    """
+    """What to run, checked. Texts for the kernel are bytes."""
 
     __slots__ = (
         "argv",
@@ -89,9 +83,7 @@ class Spec:
 
 
 def read_spec(dirfd: int) -> Spec:
-    """
-    The spec of the attempt in `dirfd`. Raises SpecError.
-    """
+    """The spec of the attempt in `dirfd`. Raises SpecError."""
     try:
         return Spec(files.read_object(dirfd, "spec.json", files.SPEC_BYTES_MAX))
     except SpecError as exc:
@@ -101,8 +93,7 @@ def read_spec(dirfd: int) -> Spec:
 
 
 def environment(spec: Spec, release: bytes) -> dict[bytes, bytes]:
-    """
-    The child's whole environment: the spec's, the secrets of the RELEASE body, the cookie and the attempt.
+    """The child's whole environment: the spec's, the secrets of the RELEASE body, the cookie and the attempt.
 
     A secret stands above a variable of the same name. Raises SpecError when the names are not exactly the spec's;
     the text holds names only, never a value.

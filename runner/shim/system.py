@@ -1,5 +1,4 @@
-"""
-The few facts and switches a shim needs from the kernel: identities, clocks, digests, descriptors.
+"""The few facts and switches a shim needs from the kernel: identities, clocks, digests, descriptors.
 
 Everything here is safe to call between fork and exec of a payload. It never decides anything.
 """
@@ -49,9 +48,7 @@ IGNORED_SIGNALS: Final = (
 
 
 class Warm:
-    """
-    What a fork server prepares once and every shim shares copy-on-write.
-    """
+    """What a fork server prepares once and every shim shares copy-on-write."""
 
     __slots__ = ("boot_id", "buffer", "digest")
 
@@ -62,23 +59,17 @@ class Warm:
 
 
 def boottime_ms() -> int:
-    """
-    Milliseconds of CLOCK_BOOTTIME, the clock of every deadline.
-    """
+    """Milliseconds of CLOCK_BOOTTIME, the clock of every deadline."""
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
 
 
 def wall_ns() -> int:
-    """
-    Unix time in nanoseconds, for timestamps only.
-    """
+    """Unix time in nanoseconds, for timestamps only."""
     return time.time_ns()
 
 
 def read_text(path: str) -> str:
-    """
-    The first page of a small kernel file, decoded as Latin-1 so that it cannot fail.
-    """
+    """The first page of a small kernel file, decoded as Latin-1 so that it cannot fail."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return os.read(fd, STAT_BYTES_MAX).decode("latin-1")
@@ -87,9 +78,7 @@ def read_text(path: str) -> str:
 
 
 def read_whole(path: str) -> bytes:
-    """
-    A kernel file of any length. Raises OSError.
-    """
+    """A kernel file of any length. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         whole = chunk = os.read(fd, READ_BYTES)
@@ -102,9 +91,7 @@ def read_whole(path: str) -> bytes:
 
 
 def stat_fields(pid: int) -> list[str]:
-    """
-    Fields 3 and on of `/proc/<pid>/stat` (state first); empty when the process is gone.
-    """
+    """Fields 3 and on of `/proc/<pid>/stat` (state first); empty when the process is gone."""
     try:
         # The name may hold spaces and parentheses; the last parenthesis ends it.
         return read_text(f"/proc/{pid}/stat").rpartition(") ")[2].split()
@@ -113,17 +100,13 @@ def stat_fields(pid: int) -> list[str]:
 
 
 def start_time(pid: int) -> int:
-    """
-    Field 22 of `/proc/<pid>/stat` in clock ticks since boot, 0 when the process is gone.
-    """
+    """Field 22 of `/proc/<pid>/stat` in clock ticks since boot, 0 when the process is gone."""
     fields = stat_fields(pid)
     return int(fields[19]) if len(fields) > 19 else 0
 
 
 def become_subreaper() -> None:
-    """
-    Make orphaned descendants reparent to this process. Raises OSError when the kernel refuses.
-    """
+    """Make orphaned descendants reparent to this process. Raises OSError when the kernel refuses."""
     call = getattr(_ctypes, "call_function", None)
     if call is not None:
         result = call(_PRCTL, (PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
@@ -136,17 +119,13 @@ def become_subreaper() -> None:
 
 
 def ignore_signals() -> None:
-    """
-    Ignore what a terminal, a service stop or a closed pipe would send to a shim.
-    """
+    """Ignore what a terminal, a service stop or a closed pipe would send to a shim."""
     for number in IGNORED_SIGNALS:
         signals.signal(number, signals.SIG_IGN)
 
 
 def detach_stdio() -> None:
-    """
-    Point stdin, stdout and stderr at /dev/null.
-    """
+    """Point stdin, stdout and stderr at /dev/null."""
     null = os.open("/dev/null", os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
@@ -155,9 +134,7 @@ def detach_stdio() -> None:
 
 
 def close_all_but(keep: Iterable[int]) -> None:
-    """
-    Close every descriptor above 2 that is not in `keep`, and mark the kept ones close-on-exec.
-    """
+    """Close every descriptor above 2 that is not in `keep`, and mark the kept ones close-on-exec."""
     kept = set(keep)
     for name in os.listdir("/proc/self/fd"):
         fd = int(name)
@@ -172,9 +149,7 @@ def close_all_but(keep: Iterable[int]) -> None:
 
 
 def is_open(fd: int) -> bool:
-    """
-    Whether `fd` is an open descriptor of this process.
-    """
+    """Whether `fd` is an open descriptor of this process."""
     try:
         fcntl.fcntl(fd, fcntl.F_GETFD)
     except OSError:

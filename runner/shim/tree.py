@@ -1,5 +1,4 @@
-"""
-The processes of one attempt: finding them and signalling them.
+"""The processes of one attempt: finding them and signalling them.
 
 First tier: descendants of this shim, complete because it is their subreaper. Second tier: processes of this user
 that carry the attempt's cookie in their environment, wherever they hang. A pid is never trusted alone: a process
@@ -32,9 +31,7 @@ _READ_BYTES: Final = 65_536
 
 
 class Process:
-    """
-    One living process of the tree.
-    """
+    """One living process of the tree."""
 
     __slots__ = ("pid", "start", "tier")
 
@@ -45,9 +42,7 @@ class Process:
 
 
 class Tree:
-    """
-    The tree of the attempt that carries `cookie` (a whole `NAME=value`).
-    """
+    """The tree of the attempt that carries `cookie` (a whole `NAME=value`)."""
 
     def __init__(self, cookie: bytes) -> None:
         self._cookie = cookie
@@ -57,15 +52,11 @@ class Tree:
         self._eldest = 0
 
     def begin(self, pid: int) -> None:
-        """
-        The child is `pid`: nobody who was born before it carries the cookie.
-        """
+        """The child is `pid`: nobody who was born before it carries the cookie."""
         self._eldest = pid
 
     def find(self) -> list[Process]:
-        """
-        Every living process of the tree; zombies and the shim itself are none.
-        """
+        """Every living process of the tree; zombies and the shim itself are none."""
         found: dict[int, Process] = {}
         seen = {self._me}
         waiting = [self._me]
@@ -86,8 +77,7 @@ class Tree:
         return list(found.values())
 
     def signal(self, number: int, *, passes: int) -> tuple[list[Process], int]:
-        """
-        Send `number` and CONT once to each process of the tree; returns those it reached and how many were found.
+        """Send `number` and CONT once to each process of the tree; returns those it reached and how many were found.
 
         A process of another user that must not be signalled is counted as found.
         """
@@ -107,8 +97,7 @@ class Tree:
         return reached, count
 
     def _strangers(self) -> list[int]:
-        """
-        Whoever may carry the cookie: all who were born after the child.
+        """Whoever may carry the cookie: all who were born after the child.
 
         Reading the environment of every process would cost each end of an attempt milliseconds. Pids are given out in
         rising order, so the younger ones have higher numbers, as long as there were too few forks to come round.
@@ -143,9 +132,7 @@ class Tree:
 
 
 def send(process: Process, number: int) -> bool:
-    """
-    Send `number`, then CONT (unless `number` stops), if it is still the same process; whether it was reached.
-    """
+    """Send `number`, then CONT (unless `number` stops), if it is still the same process; whether it was reached."""
     try:
         fd = os.pidfd_open(process.pid)
     except ProcessLookupError:
@@ -169,9 +156,7 @@ def send(process: Process, number: int) -> bool:
 
 
 def end(tree: Tree, wait_ms: int) -> int:
-    """
-    Kill the tree without a loop around it, for at most `wait_ms`; returns how many live on.
-    """
+    """Kill the tree without a loop around it, for at most `wait_ms`; returns how many live on."""
     end_ms = system.boottime_ms() + wait_ms
     while True:
         _reached, count = tree.signal(signals.SIGKILL, passes=PASSES_KILL)
@@ -186,9 +171,7 @@ def end(tree: Tree, wait_ms: int) -> int:
 
 
 def _living(pid: int) -> int:
-    """
-    The start time of a living process, 0 for a zombie or none.
-    """
+    """The start time of a living process, 0 for a zombie or none."""
     fields = system.stat_fields(pid)
     if len(fields) <= 19:
         return 0
@@ -230,9 +213,7 @@ def _parent(pid: int) -> int:
 
 
 def _forks() -> int:
-    """
-    Processes and threads this machine has started since it booted, 0 where the kernel does not tell.
-    """
+    """Processes and threads this machine has started since it booted, 0 where the kernel does not tell."""
     try:
         told = system.read_whole("/proc/stat").rpartition(b"\nprocesses ")[2]
         return int(told.split(None, 1)[0])
@@ -241,9 +222,7 @@ def _forks() -> int:
 
 
 def _last_pid() -> tuple[int, int]:
-    """
-    The pid that was given out last, and how many processes and threads there are; zeros where the kernel does not tell.
-    """
+    """The pid that was given out last, and how many processes and threads there are; zeros where the kernel does not tell."""
     try:
         fields = system.read_text("/proc/loadavg").split()
         return int(fields[4]), int(fields[3].partition("/")[2])

@@ -1,6 +1,4 @@
-"""
-The shim's wire (docs/shim.md §4) as bytes: framing and message bodies. Pure.
-"""
+"""The shim's wire (docs/shim.md §4) as bytes: framing and message bodies. Pure."""
 
 from __future__ import annotations
 
@@ -30,21 +28,16 @@ _STARTED: Final = _struct.Struct("<IQQ")
 
 
 class WireError(ValueError):
-    """
-    A frame or body that breaks the protocol; its connection is closed, nothing else is touched.
-    """
+    """A frame or body that breaks the protocol; its connection is closed, nothing else is touched."""
 
 
 def pack(kind: int, body: bytes = b"") -> bytes:
-    """
-    One frame.
-    """
+    """One frame."""
     return _LENGTH.pack(len(body) + 1) + bytes((kind,)) + body
 
 
 def take(inbox: bytearray) -> tuple[int, bytes] | None:
-    """
-    Remove the first whole frame from `inbox` as `(type, body)`, None while it is incomplete.
+    """Remove the first whole frame from `inbox` as `(type, body)`, None while it is incomplete.
 
     Raises WireError for a length of zero or above the type's bound, before the body has arrived.
     """
@@ -67,17 +60,13 @@ def take(inbox: bytearray) -> tuple[int, bytes] | None:
 
 
 def unpack_hello(body: bytes) -> tuple[int, int, int]:
-    """
-    `(proto_min, proto_max, epoch)`. Raises WireError.
-    """
+    """`(proto_min, proto_max, epoch)`. Raises WireError."""
     low, high, epoch = _unpack(_HELLO, body)
     return low, high, epoch
 
 
 def unpack_lease(body: bytes) -> tuple[int, int, int]:
-    """
-    `(token, deadline_ms, action)`. Raises WireError for an action that is not known.
-    """
+    """`(token, deadline_ms, action)`. Raises WireError for an action that is not known."""
     token, deadline_ms, action = _unpack(_LEASE, body)
     if action > 2 or deadline_ms > DEADLINE_MS_MAX:
         raise WireError("lease action or deadline out of range")
@@ -85,40 +74,30 @@ def unpack_lease(body: bytes) -> tuple[int, int, int]:
 
 
 def unpack_stop(body: bytes) -> tuple[int | None, str]:
-    """
-    `(grace_ms, who)`; None is the spec's grace. Raises WireError.
-    """
+    """`(grace_ms, who)`; None is the spec's grace. Raises WireError."""
     (grace_ms,) = _unpack(_STOP, body)
     who = body[_STOP.size : _STOP.size + WHO_BYTES_MAX].decode("utf-8", "replace")
     return (None if grace_ms == GRACE_OF_SPEC else grace_ms), who
 
 
 def unpack_offset(body: bytes) -> int:
-    """
-    The offset of ARM, TRIM or BELL. Raises WireError.
-    """
+    """The offset of ARM, TRIM or BELL. Raises WireError."""
     (offset,) = _unpack(_OFFSET, body)
     return offset
 
 
 def pack_welcome(*, phase: int, first: int, end: int, lease_token: int, pid: int, start: int) -> bytes:
-    """
-    The WELCOME frame.
-    """
+    """The WELCOME frame."""
     return pack(WELCOME, _WELCOME.pack(PROTO, phase, first, end, lease_token, pid, start))
 
 
 def pack_started(pid: int, start: int, started_ns: int) -> bytes:
-    """
-    The STARTED frame.
-    """
+    """The STARTED frame."""
     return pack(STARTED, _STARTED.pack(pid, start, started_ns))
 
 
 def pack_bell(end: int) -> bytes:
-    """
-    The BELL frame.
-    """
+    """The BELL frame."""
     return pack(BELL, _OFFSET.pack(end))
 
 

@@ -1,6 +1,4 @@
-"""
-A small synchronous client of the shim: starts one through a real fork server or as its own process, and talks to it.
-"""
+"""A small synchronous client of the shim: starts one through a real fork server or as its own process, and talks to it."""
 
 from __future__ import annotations
 
@@ -32,9 +30,7 @@ _numbers = itertools.count(1)
 
 
 class ForkServer:
-    """
-    A real fork server of this interpreter.
-    """
+    """A real fork server of this interpreter."""
 
     def __init__(self, python: str = sys.executable) -> None:
         self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -46,9 +42,7 @@ class ForkServer:
         self.alive = True
 
     def fork(self, dirfd: int, controller: int, locks: list[int] | None = None) -> int:
-        """
-        Ask for one shim; returns its pid. Raises OSError with the server's errno.
-        """
+        """Ask for one shim; returns its pid. Raises OSError with the server's errno."""
         locks = locks or []
         number = next(_numbers)
         socket.send_fds(self.sock, [struct.pack("<IBB", number, 1, len(locks))], [dirfd, controller, *locks])
@@ -59,18 +53,14 @@ class ForkServer:
         return int(pid)
 
     def kill(self) -> None:
-        """
-        Kill the server with SIGKILL and reap it.
-        """
+        """Kill the server with SIGKILL and reap it."""
         if self.alive:
             self.alive = False
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
 
     def close(self) -> None:
-        """
-        Close the socket: the server ends by itself.
-        """
+        """Close the socket: the server ends by itself."""
         self.sock.close()
         if self.alive:
             self.alive = False
@@ -78,9 +68,7 @@ class ForkServer:
 
 
 class Connection:
-    """
-    One end of the shim's wire.
-    """
+    """One end of the shim's wire."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -88,21 +76,15 @@ class Connection:
         self.seen: list[tuple[int, bytes]] = []
 
     def send(self, kind: int, body: bytes = b"") -> None:
-        """
-        Send one frame.
-        """
+        """Send one frame."""
         self.sock.sendall(wire.pack(kind, body))
 
     def hello(self) -> None:
-        """
-        Say HELLO.
-        """
+        """Say HELLO."""
         self.send(wire.HELLO, struct.pack("<HHQ", 1, 1, 7))
 
     def receive(self, wait_s: float = WAIT_S) -> tuple[int, bytes] | None:
-        """
-        The next frame, None at EOF. Raises TimeoutError.
-        """
+        """The next frame, None at EOF. Raises TimeoutError."""
         while True:
             message = wire.take(self.inbox)
             if message is not None:
@@ -118,9 +100,7 @@ class Connection:
             self.inbox += data
 
     def wait(self, kind: int, wait_s: float = WAIT_S) -> bytes:
-        """
-        The body of the next frame of `kind`; other frames are skipped.
-        """
+        """The body of the next frame of `kind`; other frames are skipped."""
         while True:
             message = self.receive(wait_s)
             assert message is not None, f"EOF before {kind}"
@@ -128,16 +108,12 @@ class Connection:
                 return message[1]
 
     def close(self) -> None:
-        """
-        Close this end.
-        """
+        """Close this end."""
         self.sock.close()
 
 
 class Shim:
-    """
-    One shim over a directory of its own, with its controller connection.
-    """
+    """One shim over a directory of its own, with its controller connection."""
 
     def __init__(
         self,
@@ -180,42 +156,30 @@ class Shim:
                 os.close(fd)
 
     def release(self, secrets: dict[str, bytes] | None = None) -> None:
-        """
-        Release the attempt with its secrets.
-        """
+        """Release the attempt with its secrets."""
         body = {name: base64.b64encode(value).decode() for name, value in (secrets or {}).items()}
         self.controller.send(wire.RELEASE, json.dumps(body).encode())
 
     def start(self, secrets: dict[str, bytes] | None = None) -> int:
-        """
-        Release and wait for STARTED; returns the child's pid.
-        """
+        """Release and wait for STARTED; returns the child's pid."""
         self.release(secrets)
         return int(struct.unpack_from("<IQQ", self.controller.wait(wire.STARTED))[0])
 
     def stop(self, grace_ms: int = 300, who: str = "tester") -> None:
-        """
-        Send STOP on the controller.
-        """
+        """Send STOP on the controller."""
         self.controller.send(wire.STOP, struct.pack("<I", grace_ms) + who.encode())
 
     def exit(self, wait_s: float = WAIT_S) -> dict[str, Any]:
-        """
-        The body of EXIT from the controller.
-        """
+        """The body of EXIT from the controller."""
         return dict(json.loads(self.controller.wait(wire.EXIT, wait_s)))
 
     def run(self, secrets: dict[str, bytes] | None = None) -> dict[str, Any]:
-        """
-        Release and wait for the end.
-        """
+        """Release and wait for the end."""
         self.release(secrets)
         return self.exit()
 
     def connect(self) -> Connection:
-        """
-        Connect to `s` (without HELLO).
-        """
+        """Connect to `s` (without HELLO)."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         until = time.monotonic() + WAIT_S
         while True:
@@ -228,35 +192,25 @@ class Shim:
                 return Connection(sock)
 
     def exit_file(self) -> dict[str, Any]:
-        """
-        `exit.json`, waited for.
-        """
+        """`exit.json`, waited for."""
         wait_for(lambda: (self.dir / "exit.json").exists(), "exit.json")
         return dict(json.loads((self.dir / "exit.json").read_text()))
 
     def meta(self) -> dict[str, Any]:
-        """
-        `meta.json` as it is now.
-        """
+        """`meta.json` as it is now."""
         return dict(json.loads((self.dir / "meta.json").read_text()))
 
     def wait_gone(self, wait_s: float = WAIT_S) -> None:
-        """
-        Wait until the shim has ended.
-        """
+        """Wait until the shim has ended."""
         ready, _, _ = select.select([self.pidfd], [], [], wait_s)
         assert ready, "the shim still lives"
 
     def log(self) -> Log:
-        """
-        The log, read and checked.
-        """
+        """The log, read and checked."""
         return read_log(self.dir / "log", self.attempt.encode())
 
     def close(self) -> None:
-        """
-        Let the shim go; kill it, and what it guards, when it does not.
-        """
+        """Let the shim go; kill it, and what it guards, when it does not."""
         with contextlib.suppress(OSError):
             self.controller.send(wire.STOP, struct.pack("<I", 0) + b"cleanup")
             self.controller.send(wire.COLLECTED)
@@ -284,9 +238,7 @@ class Shim:
 
 
 class Log:
-    """
-    A log as read back: payload of each stream, records, holes, segments.
-    """
+    """A log as read back: payload of each stream, records, holes, segments."""
 
     def __init__(self) -> None:
         self.streams = {records.STDOUT: b"", records.STDERR: b""}
@@ -299,23 +251,17 @@ class Log:
 
     @property
     def stdout(self) -> bytes:
-        """
-        What was kept of stdout.
-        """
+        """What was kept of stdout."""
         return self.streams[records.STDOUT]
 
     @property
     def stderr(self) -> bytes:
-        """
-        What was kept of stderr.
-        """
+        """What was kept of stderr."""
         return self.streams[records.STDERR]
 
 
 def read_log(directory: Path, attempt: bytes) -> Log:
-    """
-    Read every segment, checking names, headers, the digest chain and that records are whole.
-    """
+    """Read every segment, checking names, headers, the digest chain and that records are whole."""
     log = Log()
     previous = records.NO_DIGEST
     parts: dict[int, list[bytes]] = {kind: [] for kind in log.streams}
@@ -343,9 +289,7 @@ def read_log(directory: Path, attempt: bytes) -> Log:
 
 
 def split_records(data: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """
-    `(position, kind, payload)` of each record; a torn one raises.
-    """
+    """`(position, kind, payload)` of each record; a torn one raises."""
     at = 0
     while at < len(data):
         length, kind, _unix_ns = records.unpack_header(data, at)
@@ -356,9 +300,7 @@ def split_records(data: bytes) -> Iterator[tuple[int, int, bytes]]:
 
 
 def default_spec(attempt: str) -> dict[str, Any]:
-    """
-    A spec that runs `true`.
-    """
+    """A spec that runs `true`."""
     return {
         "v": 1,
         "attempt": attempt,
@@ -381,9 +323,7 @@ def default_spec(attempt: str) -> dict[str, Any]:
 
 
 def wait_for(condition: Any, what: str, wait_s: float = WAIT_S) -> None:
-    """
-    Wait until `condition()` is true. Raises AssertionError that names `what`.
-    """
+    """Wait until `condition()` is true. Raises AssertionError that names `what`."""
     until = time.monotonic() + wait_s
     while not condition():
         assert time.monotonic() < until, f"waited in vain for {what}"
@@ -391,9 +331,7 @@ def wait_for(condition: Any, what: str, wait_s: float = WAIT_S) -> None:
 
 
 def alive(pid: int) -> bool:
-    """
-    Whether `pid` runs (a zombie does not).
-    """
+    """Whether `pid` runs (a zombie does not)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):

@@ -1,6 +1,4 @@
-"""
-The two ways to start a shim, for every test that asks for one.
-"""
+"""The two ways to start a shim, for every test that asks for one."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ StartShim = Callable[..., Shim]
 
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[ForkServer]:
-    """
-    One warm fork server for all tests that do not kill it.
-    """
+    """One warm fork server for all tests that do not kill it."""
     server = ForkServer()
     yield server
     server.close()
@@ -29,9 +25,7 @@ def fork_server() -> Iterator[ForkServer]:
 def start_shim(
     request: pytest.FixtureRequest, fork_server: ForkServer, tmp_path: Path
 ) -> Iterator[Callable[..., Shim]]:
-    """
-    Start shims from the fork server or as their own interpreters; they are ended with the test.
-    """
+    """Start shims from the fork server or as their own interpreters; they are ended with the test."""
     shims: list[Shim] = []
 
     def start(root: Path = tmp_path, **spec: Any) -> Shim:

@@ -1,6 +1,4 @@
-"""
-Records, frames and JSON as bytes: what is packed comes back, what is broken is told.
-"""
+"""Records, frames and JSON as bytes: what is packed comes back, what is broken is told."""
 
 from __future__ import annotations
 

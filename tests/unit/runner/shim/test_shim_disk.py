@@ -1,6 +1,4 @@
-"""
-The log on a disk that is full, limited or gone: output is drained, holes are shown, endings are told.
-"""
+"""The log on a disk that is full, limited or gone: output is drained, holes are shown, endings are told."""
 
 from __future__ import annotations
 
@@ -24,9 +22,7 @@ StartShim = Callable[..., Shim]
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """
-    A file system of one mebibyte.
-    """
+    """A file system of one mebibyte."""
     if os.geteuid() != 0:
         pytest.skip("needs root to mount a small tmpfs")
     folder = tmp_path / "small"
@@ -79,9 +75,7 @@ def test_output_goes_on_when_the_disk_has_room_again(start_shim: StartShim, smal
 
 
 def fill(path: Path) -> None:
-    """
-    Fill the disk with one file.
-    """
+    """Fill the disk with one file."""
     with open(path, "wb", buffering=0) as file:
         try:
             while True:

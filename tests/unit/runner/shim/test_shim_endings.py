@@ -1,6 +1,4 @@
-"""
-How an attempt ends, seen from outside: real shims, real children.
-"""
+"""How an attempt ends, seen from outside: real shims, real children."""
 
 from __future__ import annotations
 
@@ -25,9 +23,7 @@ StartShim = Callable[..., Shim]
 
 
 def sh(script: str) -> list[str]:
-    """
-    argv of a shell script.
-    """
+    """argv of a shell script."""
     return ["/bin/sh", "-c", script]
 
 

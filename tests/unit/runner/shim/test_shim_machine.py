@@ -1,5 +1,4 @@
-"""
-The machine: every state with every input, and what must hold whatever comes in whatever order.
+"""The machine: every state with every input, and what must hold whatever comes in whatever order.
 
 Mutants that died by hand: STOP in `stopping` overwrites the cause; a longer grace is taken; a lower token is taken;
 EXITED acts on FOUND; LOST in `running` ends the attempt.
@@ -19,16 +18,12 @@ GRACE_MS, KILL_WAIT_MS = 10_000, 5_000
 
 
 def made(now_ms: int = 0, *, timeout_ms: int | None = None, lease: m.Lease | None = None) -> m.Machine:
-    """
-    A fresh machine.
-    """
+    """A fresh machine."""
     return m.Machine(now_ms=now_ms, grace_ms=GRACE_MS, kill_wait_ms=KILL_WAIT_MS, timeout_ms=timeout_ms, lease=lease)
 
 
 def running(**more: Any) -> m.Machine:
-    """
-    A machine whose child runs since 0.
-    """
+    """A machine whose child runs since 0."""
     machine = made(**more)
     assert machine.step(m.GO, 0) == [m.SPAWN]
     machine.step(m.SPAWNED, 0)
@@ -36,9 +31,7 @@ def running(**more: Any) -> m.Machine:
 
 
 def in_state(state: str) -> m.Machine:
-    """
-    A machine brought to `state` by inputs.
-    """
+    """A machine brought to `state` by inputs."""
     if state == m.READY:
         return made()
     machine = made()

@@ -1,6 +1,4 @@
-"""
-What a shim may import: every module more is memory in every attempt.
-"""
+"""What a shim may import: every module more is memory in every attempt."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""
-The stop ladder over real trees: stops, timeouts, leases, and processes that do not want to go.
-"""
+"""The stop ladder over real trees: stops, timeouts, leases, and processes that do not want to go."""
 
 from __future__ import annotations
 
@@ -46,9 +44,7 @@ while True: time.sleep(1)
 
 
 def noted(folder: Path, count: int) -> list[int]:
-    """
-    The pids that the tree has written into `folder`, once there are `count`.
-    """
+    """The pids that the tree has written into `folder`, once there are `count`."""
     path = folder / "pids"
     wait_for(lambda: path.exists() and len(path.read_text().split()) == count, f"{count} pids")
     return [int(pid) for pid in path.read_text().split()]
@@ -141,9 +137,7 @@ def test_a_lower_token_does_not_move_the_lease(start_shim: StartShim) -> None:
 
 
 def wire_stop() -> int:
-    """
-    The lease action "stop" on the wire.
-    """
+    """The lease action "stop" on the wire."""
     return 2
 
 
@@ -165,9 +159,7 @@ def test_a_freeze_stops_the_tree_until_the_lease_is_renewed(start_shim: StartShi
 
 
 def state(pid: int) -> str:
-    """
-    The state letter of a process.
-    """
+    """The state letter of a process."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
 
 

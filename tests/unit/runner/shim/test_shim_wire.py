@@ -1,6 +1,4 @@
-"""
-The wire of a living shim: who may speak, who wins, and what a broken frame costs.
-"""
+"""The wire of a living shim: who may speak, who wins, and what a broken frame costs."""
 
 from __future__ import annotations
 
@@ -152,9 +150,7 @@ def test_a_slow_daemon_is_dropped_and_never_waited_for(start_shim: StartShim) ->
 
 
 def say_hello_often(connection: Connection) -> None:
-    """
-    Ask far more than fits into a socket buffer, reading nothing.
-    """
+    """Ask far more than fits into a socket buffer, reading nothing."""
     for _ in range(20_000):
         connection.hello()
 
@@ -267,9 +263,7 @@ def test_the_fork_server_answers_nonsense_with_an_errno(tmp_path: Path) -> None:
 
 
 def spare_of(server: ForkServer) -> int:
-    """
-    The pid of the shim that waits for its attempt.
-    """
+    """The pid of the shim that waits for its attempt."""
     # An answer means that the rehearsal is over: its children are none of ours.
     server.sock.send(struct.pack("<IBB", 1, 0, 0))
     server.sock.recv(64)
