@@ -16,6 +16,7 @@ from controlplane.reach import (
     data_dir,
     pairs,
     pass_reach,
+    plane_url,
     wants_colour,
     without_none,
 )
@@ -30,17 +31,22 @@ _MARKS: Final = {True: "online", False: "offline"}
 
 def _version(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
         from protocol.messages import PROTOCOL_VERSION
+        from protocol.version import VERSION
 
-        click.echo(f"runner-control {version('local-runner')} (protocol {PROTOCOL_VERSION})")
+        click.echo(f"runner-control {VERSION} (protocol {PROTOCOL_VERSION})")
         ctx.exit()
 
 
 @click.group(cls=Front, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(
-    "--url", envvar="LOCAL_RUNNER_CONTROL_URL", default=DEFAULT_URL, show_default=True, help="The control plane."
+    "--url",
+    envvar="LOCAL_RUNNER_CONTROL_URL",
+    metavar="URL",
+    default=DEFAULT_URL,
+    show_default=True,
+    callback=plane_url,
+    help="The control plane.",
 )
 @click.option(
     "--token-file",
@@ -63,8 +69,8 @@ def cli(ctx: click.Context, url: str, token_file: str | None) -> None:
       runner-control worktree create laptop --repo /src --base main
       runner-control receipts EXECUTION                 what the runner signed
 
-    Exit codes: 0 ok, 1 refused, 2 usage, 6 no control plane answers; `exec` ends with the command's own status,
-    128 + n when signal n killed it, 125 when we failed.
+    Exit codes: 0 ok, 1 refused, 2 usage, 3 no token, 5 another control plane has the data directory, 6 no control plane
+    answers; `exec` ends with the command's own status, 128 + n when signal n killed it, 125 when we failed.
     """
     ctx.color = wants_colour()
     ctx.obj = Reach(url, token_file)
@@ -75,11 +81,17 @@ def cli(ctx: click.Context, url: str, token_file: str | None) -> None:
     "--db",
     type=click.Path(dir_okay=False, resolve_path=True),
     metavar="PATH",
-    help="The SQLite file; its directory holds keys and logs too.",
+    help="The SQLite file; its directory holds keys and logs too [default: ~/.local/state/runner-control/control.db].",
 )
 @click.option("--listen", default=DEFAULT_LISTEN, show_default=True, metavar="HOST:PORT", help="Where to listen.")
 @click.option("--allow-remote", is_flag=True, help="Allow an address that other machines reach, without TLS.")
-@click.option("--log-format", type=click.Choice(["auto", "json", "console"]), default="auto", show_default=True)
+@click.option(
+    "--log-format",
+    type=click.Choice(["auto", "json", "console"]),
+    default="auto",
+    show_default=True,
+    help="How its log is written to stderr; auto: console at a terminal, json elsewhere.",
+)
 @click.pass_context
 def serve(ctx: click.Context, db: str | None, listen: str, allow_remote: bool, log_format: str) -> None:
     """Run the control plane in the foreground, until SIGTERM or SIGINT.
@@ -91,7 +103,7 @@ def serve(ctx: click.Context, db: str | None, listen: str, allow_remote: bool, l
       runner-control serve
       runner-control serve --db ./demo/plane.db --listen 127.0.0.1:0
     """
-    from controlplane.errors import StartRefused
+    from controlplane.errors import AnotherPlane, StartRefused
     from controlplane.server import serve as run
 
     host, port = _address(listen)
@@ -101,6 +113,9 @@ def serve(ctx: click.Context, db: str | None, listen: str, allow_remote: bool, l
         log_format = "console" if sys.stderr.isatty() else "json"
     try:
         run(path.parent, path, host, port, allow_remote=allow_remote, log_format=log_format, announce=_announce)
+    except AnotherPlane as exc:
+        complain(str(exc), "runner-control runners   (it may be running already), or serve --db PATH elsewhere")
+        ctx.exit(ExitCode.ANOTHER_PLANE)
     except StartRefused as exc:
         complain(str(exc), "runner-control serve --help")
         ctx.exit(ExitCode.REFUSED)
@@ -129,7 +144,7 @@ def _announce(said: "Announcement") -> None:
         click.echo("Another runner: runner-control enroll-token")
 
 
-@cli.command("enroll-token")
+@cli.command("enroll-token", short_help="Make a join string for one more runner.")
 @click.option("--name", metavar="NAME", help="The only name it may enrol.")
 @click.option("--label", "labels", multiple=True, metavar="K=V", help="A label the runner gets; may be repeated.")
 @as_json
@@ -186,9 +201,15 @@ def _runner(one: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+for verb in (*verbs_execution.VERBS, verbs_worktree.worktree, *verbs_statement.VERBS):
+    cli.add_command(verb)
+
+
 @cli.command(short_help="List what runners told and refused.")
 @click.option("--runner", metavar="RUNNER", help="Only of this runner.")
-@click.option("--limit", type=click.IntRange(1, 500), default=50, show_default=True)
+@click.option(
+    "--limit", type=click.IntRange(1, 500), metavar="N", default=50, show_default=True, help="At most so many."
+)
 @as_json
 @pass_reach
 def events(reach: Reach, runner: str | None, limit: int, as_json: bool) -> None:
@@ -206,10 +227,6 @@ def events(reach: Reach, runner: str | None, limit: int, as_json: bool) -> None:
     columns = ("runner", "kind", "reason", "detail")
     rows = [(moment(one["at_ms"]), *(str(one[name] or "-") for name in columns)) for one in found["events"]]
     print_table(("AT", "RUNNER", "KIND", "REASON", "DETAIL"), rows)
-
-
-for verb in (*verbs_execution.VERBS, verbs_worktree.worktree, *verbs_statement.VERBS):
-    cli.add_command(verb)
 
 
 def main() -> None:

@@ -11,8 +11,17 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, Final, Generic, TypeVar, cast
 
-import structlog
+if "rich" not in sys.modules:
+    # structlog would load it for tracebacks in colour, which a daemon never prints: 3 MiB and 40 ms.
+    sys.modules["rich"] = None  # type: ignore[assignment]
+    import structlog
+
+    del sys.modules["rich"]
+else:
+    import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
+
+from runner.config import LOG_LEVELS
 
 T = TypeVar("T")
 
@@ -76,7 +85,7 @@ class Event(StrEnum):
 
 EVENTS: Final = frozenset(event.value for event in Event)
 LEVELS: Final[Mapping[str, int]] = {"debug": 10, "info": 20, "warning": 30, "error": 40}
-FORMS: Final = ("auto", "json", "console")
+assert tuple(LEVELS) == LOG_LEVELS
 VALUE_CHARS_MAX: Final = 4096
 """One value in a line; longer ones are cut and say so: a log is no place for payloads."""
 _PLAIN: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_./:@+-*%,")
@@ -202,7 +211,6 @@ class _Libraries(logging.Handler):
 
 __all__ = [
     "EVENTS",
-    "FORMS",
     "LEVELS",
     "Event",
     "Secret",
