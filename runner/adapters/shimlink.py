@@ -11,12 +11,6 @@ from runner.core.plans import LeaseAction, ProcessIdentity
 from runner.shim import wire
 
 _ACTIONS: Final = {LeaseAction.CONTINUE: 0, LeaseAction.FREEZE: 1, LeaseAction.STOP: 2}
-_HELLO: Final = struct.Struct("<HHQ")
-_LEASE: Final = struct.Struct("<QQB")
-_STOP: Final = struct.Struct("<I")
-_OFFSET: Final = struct.Struct("<Q")
-_WELCOME: Final = struct.Struct("<HBQQQIQ")
-_STARTED: Final = struct.Struct("<IQQ")
 
 
 class ShimListener(Protocol):
@@ -52,7 +46,7 @@ class ShimLink(asyncio.Protocol):
 
     def hello(self, epoch: int) -> None:
         """Introduce this daemon on the shim's listening socket; the newest one wins."""
-        self._send(wire.pack(wire.HELLO, _HELLO.pack(wire.PROTO, wire.PROTO, epoch)))
+        self._send(wire.pack(wire.HELLO, wire.HELLO_BODY.pack(wire.PROTO, wire.PROTO, epoch)))
 
     def release(self, secrets: Mapping[str, bytes]) -> None:
         """Open the start barrier, with the secrets."""
@@ -61,12 +55,12 @@ class ShimLink(asyncio.Protocol):
 
     def lease(self, token: int, deadline_ms: int, action: LeaseAction) -> None:
         """Push a deadline (BOOTTIME)."""
-        self._send(wire.pack(wire.LEASE, _LEASE.pack(token, max(deadline_ms, 0), _ACTIONS[action])))
+        self._send(wire.pack(wire.LEASE, wire.LEASE_BODY.pack(token, max(deadline_ms, 0), _ACTIONS[action])))
 
     def stop(self, grace_ms: int | None, by: str) -> None:
         """Begin the ladder."""
         grace = wire.GRACE_OF_SPEC if grace_ms is None else grace_ms
-        self._send(wire.pack(wire.STOP, _STOP.pack(grace) + by.encode("utf-8")[: wire.WHO_BYTES_MAX]))
+        self._send(wire.pack(wire.STOP, wire.STOP_BODY.pack(grace) + by.encode("utf-8")[: wire.WHO_BYTES_MAX]))
 
     def collected(self) -> None:
         """The end is settled: the shim may go."""
@@ -74,11 +68,11 @@ class ShimLink(asyncio.Protocol):
 
     def arm(self, seen_end: int) -> None:
         """Ask to be told once when the log is longer than `seen_end`."""
-        self._send(wire.pack(wire.ARM, _OFFSET.pack(seen_end)))
+        self._send(wire.pack(wire.ARM, wire.OFFSET_BODY.pack(seen_end)))
 
     def trim(self, offset: int) -> None:
         """Everything below `offset` is safe at the control plane."""
-        self._send(wire.pack(wire.TRIM, _OFFSET.pack(offset)))
+        self._send(wire.pack(wire.TRIM, wire.OFFSET_BODY.pack(offset)))
 
     def close(self) -> None:
         """Close the connection; before the release this is the word that nothing will ever run."""
@@ -112,10 +106,10 @@ class ShimLink(asyncio.Protocol):
 
     def _heard(self, kind: int, body: bytes) -> None:
         if kind == wire.WELCOME:
-            _proto, _phase, _first, _end, _token, pid, start = _WELCOME.unpack_from(body)
+            _proto, _phase, _first, _end, _token, pid, start = wire.WELCOME_BODY.unpack_from(body)
             self._listener.shim_welcomed(self, pid, start)
         elif kind == wire.STARTED:
-            pid, start, started_ns = _STARTED.unpack_from(body)
+            pid, start, started_ns = wire.STARTED_BODY.unpack_from(body)
             self.child = (pid, start)
             self.started_ms = started_ns // 1_000_000
         elif kind == wire.EXIT:

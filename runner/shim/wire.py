@@ -19,12 +19,12 @@ WHO_BYTES_MAX: Final = 256
 DEADLINE_MS_MAX: Final = 1 << 62
 
 _LENGTH: Final = _struct.Struct("<I")
-_HELLO: Final = _struct.Struct("<HHQ")
-_LEASE: Final = _struct.Struct("<QQB")
-_STOP: Final = _struct.Struct("<I")
-_OFFSET: Final = _struct.Struct("<Q")
-_WELCOME: Final = _struct.Struct("<HBQQQIQ")
-_STARTED: Final = _struct.Struct("<IQQ")
+HELLO_BODY: Final = _struct.Struct("<HHQ")
+LEASE_BODY: Final = _struct.Struct("<QQB")
+STOP_BODY: Final = _struct.Struct("<I")
+OFFSET_BODY: Final = _struct.Struct("<Q")
+WELCOME_BODY: Final = _struct.Struct("<HBQQQIQ")
+STARTED_BODY: Final = _struct.Struct("<IQQ")
 
 
 class WireError(ValueError):
@@ -61,13 +61,13 @@ def take(inbox: bytearray) -> tuple[int, bytes] | None:
 
 def unpack_hello(body: bytes) -> tuple[int, int, int]:
     """`(proto_min, proto_max, epoch)`. Raises WireError."""
-    low, high, epoch = _unpack(_HELLO, body)
+    low, high, epoch = _unpack(HELLO_BODY, body)
     return low, high, epoch
 
 
 def unpack_lease(body: bytes) -> tuple[int, int, int]:
     """`(token, deadline_ms, action)`. Raises WireError for an action that is not known."""
-    token, deadline_ms, action = _unpack(_LEASE, body)
+    token, deadline_ms, action = _unpack(LEASE_BODY, body)
     if action > 2 or deadline_ms > DEADLINE_MS_MAX:
         raise WireError("lease action or deadline out of range")
     return token, deadline_ms, action
@@ -75,30 +75,30 @@ def unpack_lease(body: bytes) -> tuple[int, int, int]:
 
 def unpack_stop(body: bytes) -> tuple[int | None, str]:
     """`(grace_ms, who)`; None is the spec's grace. Raises WireError."""
-    (grace_ms,) = _unpack(_STOP, body)
-    who = body[_STOP.size : _STOP.size + WHO_BYTES_MAX].decode("utf-8", "replace")
+    (grace_ms,) = _unpack(STOP_BODY, body)
+    who = body[STOP_BODY.size : STOP_BODY.size + WHO_BYTES_MAX].decode("utf-8", "replace")
     return (None if grace_ms == GRACE_OF_SPEC else grace_ms), who
 
 
 def unpack_offset(body: bytes) -> int:
     """The offset of ARM, TRIM or BELL. Raises WireError."""
-    (offset,) = _unpack(_OFFSET, body)
+    (offset,) = _unpack(OFFSET_BODY, body)
     return offset
 
 
 def pack_welcome(*, phase: int, first: int, end: int, lease_token: int, pid: int, start: int) -> bytes:
     """The WELCOME frame."""
-    return pack(WELCOME, _WELCOME.pack(PROTO, phase, first, end, lease_token, pid, start))
+    return pack(WELCOME, WELCOME_BODY.pack(PROTO, phase, first, end, lease_token, pid, start))
 
 
 def pack_started(pid: int, start: int, started_ns: int) -> bytes:
     """The STARTED frame."""
-    return pack(STARTED, _STARTED.pack(pid, start, started_ns))
+    return pack(STARTED, STARTED_BODY.pack(pid, start, started_ns))
 
 
 def pack_bell(end: int) -> bytes:
     """The BELL frame."""
-    return pack(BELL, _OFFSET.pack(end))
+    return pack(BELL, OFFSET_BODY.pack(end))
 
 
 def _unpack(form: _struct.Struct, body: bytes) -> tuple[int, ...]:
