@@ -35,6 +35,8 @@ from protocol.receipt import INFRA_STATUS, Outcome, Receipt, Settlement
 from protocol.replay import Adopt, Mark, reconcile
 
 STOP_HINT = "stop"
+STOP_MET_NOTHING = "tombstone"
+"""What the receipt of a stop says when the runner knows no such attempt."""
 _FIRST_FORM_COUNTS = frozenset({Reason.IDEMPOTENCY_MISMATCH, Reason.DUPLICATE_ATTEMPT})
 
 
@@ -56,17 +58,32 @@ class Meeting:
     """What was sent and has no receipt becomes an intent again: its numbers died with the old incarnation."""
 
 
-def meet(runner: RunnerRow, claims: HelloClaims, digest_there: Digest | None) -> Meeting:
-    """Judge a verified hello; `digest_there` is the digest we signed under the hello's number, in our incarnation."""
-    # A runner whose outbox is shorter than we remember lost its state; it numbers anew from where it is.
-    out_hw = min(runner.out_hw, claims.out_head)
+def meet(runner: RunnerRow, claims: HelloClaims, digest_there: Digest | None, *, unanswered: bool) -> Meeting:
+    """Judge a verified hello.
+
+    Args:
+        runner: as we know it.
+        claims: its hello.
+        digest_there: what we have under the hello's number, in our incarnation.
+        unanswered: whether something we numbered has no receipt yet.
+    """
+    # A runner whose outbox is shorter than we remember was set back and uses numbers again: it is to report all it keeps.
+    out_hw = runner.out_hw if claims.out_head >= runner.out_hw else 0
     theirs = Mark(claims.ctl.hw, Digest(claims.ctl.head))
     if claims.inc > runner.inc:
         # We come back from a backup older than a fork. Only our own certificate can have raised the incarnation.
         return Meeting(claims.inc, theirs, theirs, out_hw, reborn=False, requeue=True)
     if claims.inc == runner.inc:
         known = {} if digest_there is None else {theirs.hw: digest_there}
-        verdict = reconcile(known, runner.ctl.hw, runner.acked_hw, theirs)
+        verdict = reconcile(
+            known,
+            runner.ctl.hw,
+            runner.acked_hw,
+            theirs,
+            unanswered=unanswered,
+            out_hw=runner.out_hw,
+            out_head=claims.out_head,
+        )
         if isinstance(verdict, Adopt):
             ours = theirs if verdict.lost else runner.ctl
             return Meeting(runner.inc, theirs, ours, out_hw, reborn=False, requeue=False)
@@ -103,6 +120,8 @@ def receipted(intent: IntentRow | None, subject: Subject, receipt: Receipt, text
     match subject:
         case ExecutionRow() if intent.kind == Kind.EXECUTION_START:
             return Change(intent=answered, execution=_start_answered(subject, receipt, text))
+        case ExecutionRow() if intent.kind == Kind.EXECUTION_STOP:
+            return Change(intent=answered, execution=_stop_answered(subject, receipt))
         case WorktreeRow() if intent.kind == Kind.WORKTREE_CREATE:
             return Change(intent=answered, worktree=_create_answered(subject, receipt))
         case WorktreeRow() if intent.kind == Kind.WORKTREE_REMOVE:
@@ -123,6 +142,23 @@ def _start_answered(row: ExecutionRow, receipt: Receipt, text: str) -> Execution
         exit_status=INFRA_STATUS,
         reason=receipt.reason,
         detail=receipt.detail,
+    )
+
+
+def _stop_answered(row: ExecutionRow, receipt: Receipt) -> ExecutionRow | None:
+    """The end of an attempt that was accepted and that its runner does not know any more: nobody else will tell it.
+
+    A settlement is numbered before such a receipt, so it is here if there is one; should it come all the same, it outranks this.
+    """
+    unknown = receipt.outcome is Outcome.DONE and receipt.result.get("state") == STOP_MET_NOTHING
+    if row.state is not ExecutionState.RUNNING or not unknown:
+        return None
+    return replace(
+        row,
+        state=ExecutionState.CANCELLED,
+        exit_status=INFRA_STATUS,
+        reason=Reason.UNKNOWN_TARGET,
+        detail="the runner accepted it and does not know it any more",
     )
 
 

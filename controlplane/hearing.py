@@ -20,11 +20,12 @@ from controlplane.rows import (
     WorktreeState,
 )
 from controlplane.tables import Db
-from protocol.commands import Kind
+from protocol.commands import Command, Kind, Stream
 from protocol.envelope import Verified, digest_of
 from protocol.errors import Reason
 from protocol.events import Event
 from protocol.identity import HelloClaims
+from protocol.ids import Digest
 from protocol.messages import Answer, ReportItem
 from protocol.receipt import Receipt, Settlement
 
@@ -52,8 +53,8 @@ def begin_session(
     runner = tables.runner(db, runner_id)
     if runner is None or not runner.living:
         raise RequestRefused(Fault.UNKNOWN_RUNNER)
-    there = tables.digest_at(db, runner_id, claims.inc, claims.ctl.hw)
-    meeting = dispatcher.meet(runner, claims, there)
+    unanswered = any(row.stream is Stream.CTL for row in tables.intents_in(db, runner_id, IntentState.SENT))
+    meeting = dispatcher.meet(runner, claims, _digest_there(db, runner, claims), unanswered=unanswered)
     touched = _requeue(db, runner_id) if meeting.requeue else ()
     runner = replace(
         runner,
@@ -77,6 +78,19 @@ def begin_session(
         *tables.commands_above(db, runner_id, runner.inc, meeting.told.hw),
     )
     return Begun(runner=runner, meeting=meeting, again=again, touched=touched)
+
+
+def _digest_there(db: Db, runner: RunnerRow, claims: HelloClaims) -> Digest | None:
+    """The digest under the hello's number: of what we signed, or of what we adopted, which our mark or the next command names."""
+    hw = claims.ctl.hw
+    if (claims.inc, hw) == (runner.inc, runner.ctl.hw):
+        return runner.ctl.head
+    there = tables.command_at(db, runner.id, claims.inc, hw)
+    if there is not None:
+        return there.digest
+    behind = tables.command_at(db, runner.id, claims.inc, hw + 1)
+    prev = None if behind is None else Command.parse(behind.payload).prev
+    return None if prev is None else Digest(prev)
 
 
 def _requeue(db: Db, runner_id: str) -> tuple[str, ...]:

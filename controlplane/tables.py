@@ -159,11 +159,11 @@ def add_command(db: Db, row: CommandRow) -> None:
     )
 
 
-def digest_at(db: Db, runner_id: str, inc: int, seq: int) -> Digest | None:
-    """The digest signed under a number."""
-    sql = "SELECT digest FROM commands WHERE runner_id = ? AND inc = ? AND seq = ?"
+def command_at(db: Db, runner_id: str, inc: int, seq: int) -> CommandRow | None:
+    """The command signed under a number."""
+    sql = "SELECT * FROM commands WHERE runner_id = ? AND inc = ? AND seq = ?"
     found = db.execute(sql, (runner_id, inc, seq)).fetchone()
-    return None if found is None else Digest(found[0])
+    return None if found is None else CommandRow(**dict(found))
 
 
 def commands_above(db: Db, runner_id: str, inc: int, hw: int) -> list[CommandRow]:

@@ -86,6 +86,10 @@ class Established:
     certificate: Verified[Certificate] | None
     """Set when the plane began a new incarnation: the streams restart, living attempts stay."""
 
+    def report_above(self, oldest_unanswered: int | None) -> int:
+        """Above which `out_seq` to report: a machine that was set back uses numbers again that the plane's mark covers."""
+        return self.out_hw if oldest_unanswered is None else min(self.out_hw, oldest_unanswered - 1)
+
 
 @dataclass(slots=True)
 class RunnerHandshake:
@@ -170,7 +174,8 @@ class RunnerHandshake:
             session=said.session,
             now_ms=said.now_ms,
             beat_ms=said.beat_ms,
-            out_hw=said.out_hw,
+            # A mark above our own end is of items that were forgotten here: the next ones go below it.
+            out_hw=min(said.out_hw, mine.out_head),
             ctl=ctl,
             keyset=keyset,
             certificate=reborn,

@@ -63,7 +63,7 @@ class WelcomeClaims(Open):
     ctl: StreamMark
     """The mark the plane goes on from: the runner's own, or zero in a new incarnation."""
     out_hw: Count
-    """Every item up to here is stored; the runner sends everything above it again."""
+    """Every item up to here is stored; the runner sends everything above it again, and what had no answer."""
 
 
 class EnrollClaims(Open):

@@ -85,10 +85,18 @@ def records(data: bytes | memoryview, offset: int) -> Iterator[Record]:
 
 
 def whole_prefix(data: bytes | memoryview, length_max: int) -> int:
-    """Length of the longest prefix of whole records that is at most `length_max`. Raises RemoteError(BAD_FRAME)."""
+    """Length of the longest prefix of whole records that is at most `length_max`.
+
+    Raises:
+        RemoteError: BAD_FRAME when the first header is damaged; before a later one the prefix ends.
+    """
     at = 0
-    while (size := _size_at(data, at)) is not None and at + size <= length_max:
-        at += size
+    try:
+        while (size := _size_at(data, at)) is not None and at + size <= length_max:
+            at += size
+    except RemoteError:
+        if at == 0:
+            raise
     return at
 
 

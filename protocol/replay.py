@@ -159,6 +159,7 @@ def reconcile(
     acked_hw: int,
     runner: Mark,
     *,
+    unanswered: bool = False,
     out_hw: int = 0,
     out_head: int | None = None,
 ) -> Adopt | Fork:
@@ -169,14 +170,16 @@ def reconcile(
         plane_hw: highest number the plane has ever signed in this incarnation.
         acked_hw: highest number the runner has told to have consumed.
         runner: the runner's mark.
-        out_hw: highest `out_seq` the plane has stored in this incarnation.
+        unanswered: whether a number the plane has signed in this incarnation has no receipt yet.
+        out_hw: highest `out_seq` the plane has stored.
         out_head: highest `out_seq` the runner says exists; None leaves the comparison out.
     """
     if runner.hw < acked_hw or (out_head is not None and out_head < out_hw):
         # The runner's state is older than its own word: a restored snapshot. What it forgot must not be done twice.
         return Fork()
     if runner.hw > plane_hw:
-        # The plane comes back from a backup and cannot know these numbers. The runner signed (hw, head): go on there.
-        return Adopt(runner, lost=runner.hw - plane_hw)
+        # The plane comes back from a backup and cannot know these numbers. The runner signed (hw, head): go on there, unless
+        # something of ours may lie below: whether the runner consumed that, or other bytes under its number, the mark does not say.
+        return Fork() if unanswered else Adopt(runner, lost=runner.hw - plane_hw)
     known = GENESIS if runner.hw == 0 else plane.get(runner.hw)
     return Adopt(runner) if known == runner.head else Fork()

@@ -41,6 +41,8 @@ from runner.pump import Pump
 
 SAID_MAX: Final = 1024
 """Unsent `need` and `refused` messages: a flood of refused envelopes must not fill memory; the oldest go first."""
+FRAMES_IN_A_ROW: Final = 16
+"""Data frames before the clock is looked at: what went unanswered is late by a megabyte of output at most."""
 NONCE_BYTES: Final = 32
 _JITTER_BYTES: Final = 4
 
@@ -167,7 +169,8 @@ class Link:
             raise
 
     async def _serve(self, connection: PlaneConnection, established: Established, pump: Pump) -> None:
-        self._session = RunnerSession(out_hw=established.out_hw, beat_ms=established.beat_ms)
+        above = established.report_above(await self._journal.oldest_unanswered())
+        self._session = RunnerSession(out_hw=above, beat_ms=established.beat_ms)
         self._caught_up = False
         self._behind = True
         self._said.clear()
@@ -236,7 +239,7 @@ class Link:
         return self._session is not None and self._session.waiting
 
     async def _send_some(self, connection: PlaneConnection) -> bool:
-        """Send what is due; False when there was nothing. Control first, then one frame of data."""
+        """Send what is due; False when there was nothing. Control first, then data until there is something to say."""
         self._wake = anyio.Event()
         session = self._session
         assert session is not None, "writing goes on only within a session"
@@ -244,10 +247,15 @@ class Link:
         for message in self._due(session):
             await connection.send(encode(message))
             sent = True
-        frame = self._uplink.next_frame()
-        if frame is not None:
+        for _ in range(FRAMES_IN_A_ROW):
+            frame = self._uplink.next_frame()
+            if frame is None:
+                return sent
             await connection.send(frame)
-        return sent or frame is not None
+            sent = True
+            if self._wake.is_set():
+                break
+        return sent
 
     def _due(self, session: RunnerSession) -> list[Message]:
         said = list(self._said)

@@ -47,6 +47,9 @@ class Journal(Protocol):
     async def outbox(self, above: int, limit: int) -> list[ReportItem]:
         """Report items with a higher `out_seq`, in order, answered or not."""
 
+    async def oldest_unanswered(self) -> int | None:
+        """The lowest `out_seq` without an answer; None when all have theirs."""
+
     async def items(self, out_seqs: Sequence[int]) -> list[ReportItem]:
         """Stored report items by number; those that were pruned are left out."""
 

@@ -5,10 +5,13 @@ turn is durable. An error of the journal ends the daemon; shims live on.
 """
 
 from collections import deque
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import anyio
 
+from protocol.identity import Certificate
+from protocol.replay import Mark
 from runner.core.effects import Effect, Persist
 from runner.core.engine import Engine
 from runner.core.inputs import Input, Tick
@@ -18,6 +21,18 @@ TURN_INPUTS_MAX: Final = 256
 """Inputs of one turn: one transaction stays small enough that nobody waits long for it."""
 INPUTS_MAX: Final = 4096
 """Inputs that wait; a reader of the network waits below it, ends of attempts are few by the owner's limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footing:
+    """Where this runner stands for good. A handshake tells this and not what the engine is about to make durable.
+
+    Who has told a mark and forgets it looks like a machine that was set back.
+    """
+
+    certificate: Certificate
+    ctl: Mark
+    out_head: int
 
 
 class Hands(Protocol):
@@ -38,6 +53,7 @@ class Pump:
         self._inputs: deque[Input] = deque()
         self._filled = anyio.Event()
         self._emptied = anyio.Event()
+        self.footing = self._stand()
 
     def put(self, happened: Input) -> None:
         """Something happened."""
@@ -58,6 +74,11 @@ class Pump:
         for effect in effects:
             if not isinstance(effect, Persist):
                 self._hands.perform(effect)
+        # Nobody steps the engine while this waits for the disk, so all of it is durable now.
+        self.footing = self._stand()
+
+    def _stand(self) -> Footing:
+        return Footing(self._engine.certificate, self._engine.ledger.ctl, self._engine.statements.out_head)
 
     async def run(self) -> None:
         """Pump for ever. Raises JournalBroken."""
@@ -72,11 +93,14 @@ class Pump:
 
     async def _wait(self) -> None:
         """Until there is an input, or the engine's next moment has come."""
+        wake_at_ms = self._engine.wake_at_ms
+        delay_s = None if wake_at_ms is None else (wake_at_ms - self._clock.now().boot_ms) / 1000
+        if delay_s is not None and delay_s <= 0:
+            # A moment that has come goes first: inputs that never end would else keep us from every beat and deadline.
+            self._inputs.appendleft(Tick())
         if self._inputs:
             return
         self._filled = anyio.Event()
-        wake_at_ms = self._engine.wake_at_ms
-        delay_s = None if wake_at_ms is None else max(wake_at_ms - self._clock.now().boot_ms, 0) / 1000
         with anyio.move_on_after(delay_s):
             await self._filled.wait()
             return

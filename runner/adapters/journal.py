@@ -135,6 +135,10 @@ class SqliteJournal:
         """Report items with a higher `out_seq`, in order, answered or not. Raises JournalBroken."""
         return await self._ask(lambda db: journal_rows.read_outbox(db, above, limit))
 
+    async def oldest_unanswered(self) -> int | None:
+        """The lowest `out_seq` without an answer; None when all have theirs. Raises JournalBroken."""
+        return await self._ask(journal_rows.read_oldest_unanswered)
+
     async def items(self, out_seqs: Sequence[int]) -> list[ReportItem]:
         """Stored report items by number; those that were pruned are left out. Raises JournalBroken."""
         return await self._ask(lambda db: journal_rows.read_items(db, out_seqs))

@@ -227,6 +227,12 @@ def read_outbox(db: sqlite3.Connection, above: int, limit: int) -> list[ReportIt
     ]
 
 
+def read_oldest_unanswered(db: sqlite3.Connection) -> int | None:
+    """The lowest number that has no answer."""
+    oldest: int | None = db.execute("SELECT min(out_seq) FROM outbox WHERE answered_ms IS NULL").fetchone()[0]
+    return oldest
+
+
 def _commands(db: sqlite3.Connection) -> list[CommandRow]:
     rows = db.execute(
         # A command whose attempt is not settled may have to be begun again, receipted or not.

@@ -70,6 +70,7 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
             at_ms INTEGER NOT NULL,
             answered_ms INTEGER)""",
         "CREATE INDEX outbox_answered ON outbox(answered_ms) WHERE length(body) > 0 AND answered_ms IS NOT NULL",
+        "CREATE INDEX outbox_unanswered ON outbox(out_seq) WHERE answered_ms IS NULL",
         """CREATE TRIGGER outbox_stays BEFORE DELETE ON outbox
             BEGIN SELECT RAISE(ABORT, 'a number of the outbox is never used again'); END""",
         """CREATE TABLE leaf(

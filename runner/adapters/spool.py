@@ -1,6 +1,7 @@
 """The logs of attempts on disk, read by offset: segments written by shims, holes between them as gaps (docs/shim.md §3)."""
 
 import os
+import re
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -10,6 +11,7 @@ from protocol.records import whole_prefix
 
 SEGMENT_SUFFIX: Final = ".seg"
 _NAME_DIGITS: Final = 16
+_SEGMENT: Final = re.compile(rf"([0-9a-f]{{{_NAME_DIGITS}}}){re.escape(SEGMENT_SUFFIX)}")
 
 
 class Slice(NamedTuple):
@@ -57,13 +59,15 @@ class SpoolReader:
             return found
         # The segment that was open has no more: is there another one, or a hole?
         self._list()
-        later = [base for base in self._bases if base >= offset and base != self._base]
-        if not later:
-            return None
-        if later[0] > offset:
-            return Hole(offset, later[0])
-        self._open(offset)
-        return self._read_in_segment(offset, size_max)
+        later = [base for base in self._bases if base > offset or (base == offset and base != self._base)]
+        if later and later[0] == offset:
+            self._open(offset)
+            found = self._read_in_segment(offset, size_max)
+            later = later[1:]
+        if found is None and later:
+            # The next segment seals this one: what was written between our look into it and the listing is there by now.
+            return self._read_in_segment(offset, size_max) or Hole(offset, later[0])
+        return found
 
     def close(self) -> None:
         """Give the open segment back."""
@@ -96,11 +100,8 @@ class SpoolReader:
             names = os.listdir(self._dir)
         except FileNotFoundError:
             names = []
-        self._bases = sorted(
-            int(name[:_NAME_DIGITS], 16)
-            for name in names
-            if name.endswith(SEGMENT_SUFFIX) and len(name) == _NAME_DIGITS + len(SEGMENT_SUFFIX)
-        )
+        # The child's own user owns the directory: whatever else it has put there is no segment.
+        self._bases = sorted(int(match[1], 16) for name in names if (match := _SEGMENT.fullmatch(name)))
 
 
 __all__ = ["Hole", "RemoteError", "Slice", "SpoolReader"]

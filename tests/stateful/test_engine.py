@@ -13,45 +13,31 @@ Hand mutants that were tried, each in the code as it is, and how each one fails:
 5. `recovery._begun` takes a free lock for never released (no look at the phase): "an attempt starts once".
 6. `Engine._resume` skips commands without an effect yet (recovers attempts only): a consumed command without a receipt at the end.
 7. `Ledger.bury` keeps its tombstone in memory only (no PutTombstone in `_bury`): "nothing runs after it was stopped", by a crash.
-8. `takeback._caught_up` does nothing: the daemon stumbles at its start, or a settlement without a receipt.
-9. `Attempts.admit` ends no predecessor: its successor is still waiting when the machine has come to rest.
-10. `Engine._session_up` keeps the old mark in a new incarnation: commands of the new one are never consumed.
+8. `Attempts.admit` ends no predecessor: a_predecessor_is_told_to_end.
+9. `Engine._session_up` keeps the old mark in a new incarnation: commands of the new one are never consumed.
+10. `Attempts.end` forgets who stopped (no Persist): a_predecessor_is_told_to_end.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import invariant, precondition, rule
 
 from protocol.errors import Reason
 from protocol.execution import AttemptState
-from protocol.ids import Attempt, Digest
-from protocol.messages import Answer, ItemKind
+from protocol.messages import Answer
 from protocol.receipt import Outcome
 from protocol.replay import Mark
 from protocol.session import ItemsAnswered
 from runner.core.effects import (
-    AbandonAttempt,
-    AdoptAttempt,
-    CollectAttempt,
     CreateWorktree,
     Effect,
-    KeepIdentity,
-    Persist,
-    PrepareAttempt,
-    ReleaseAttempt,
-    RemoveWorktree,
-    SweepAttempt,
 )
 from runner.core.inputs import (
-    AttemptExited,
     AttemptLost,
     AttemptNotPrepared,
     AttemptPrepared,
     EnvelopeReceived,
-    Input,
     OwnerStop,
     PolicyChanged,
     SessionDown,
@@ -60,172 +46,37 @@ from runner.core.inputs import (
     WorktreeFailed,
     WorktreeRemoved,
 )
-from runner.core.plans import ExitRecord, Observed, Phase, Swept, WorktreeGone
+from runner.core.plans import Phase, Swept, WorktreeGone
+from tests.stateful.machine import Directory, Machine
 from tests.support.builders import an_attempt
 from tests.support.engine import (
     SHIM,
-    World,
     a_made,
-    a_policy,
     an_exit,
-    an_unreleased_exit,
-    opened_receipt,
-    opened_settlement,
 )
 
 EXECUTIONS = st.sampled_from(["ex_1", "ex_2"])
-TOKENS = st.integers(1, 4)
+SELDOM = st.integers(0, 5).map(lambda roll: roll == 5)
+"""What ends or empties everything is rare enough for a machine to get busy before."""
 WORKTREES = st.sampled_from(["wt_1", "wt_2"])
 GONE = WorktreeGone(head=None, branch=None, was_dirty=False)
 REST_TURNS_MAX = 400
 """Turns after which a machine that has not come to rest never will."""
 
 
-@dataclass
-class Directory:
-    """What the files of an attempt show, and whether its child runs."""
-
-    phase: Phase = Phase.NONE
-    lock_held: bool = False
-    exit: ExitRecord | None = None
-    same_boot: bool = True
-    living: bool = False
-
-
-class EngineMachine(RuleBasedStateMachine):
-    """One daemon after the other on one machine, commanded by one plane."""
-
-    @initialize(concurrent_max=st.sampled_from([1, 2, 8]))
-    def begin(self, concurrent_max: int) -> None:
-        """A machine with nothing on it."""
-        self.policies = (a_policy(concurrent_max=concurrent_max), a_policy(kinds=frozenset(), concurrent_max=0))
-        self.world = World(policy=self.policies[0])
-        self.ctl: list[bytes] = []
-        """Signed for this incarnation, in order."""
-        self.stale: list[bytes] = []
-        self.directories: dict[Attempt, Directory] = {}
-        self.connected: set[Attempt] = set()
-        self.preparing: list[PrepareAttempt] = []
-        self.trees: list[CreateWorktree | RemoveWorktree] = []
-        self.ends: list[AttemptExited | AttemptLost] = []
-        """On their way to the daemon."""
-        self.sweeps: list[Attempt] = []
-        self.starts: dict[Attempt, int] = {}
-        self.stopped_unborn: set[Attempt] = set()
-        """Stopped, durably, before their process began."""
-        self.highest: dict[int, int] = {}
-        self.fuse: int | None = None
-
-    # --- turns --------------------------------------------------------------------------------------------------
-
-    def turn(self, *inputs: Input) -> bool:
-        """One turn of the pump; False when the daemon died before its commit."""
-        effects = [effect for happened in inputs for effect in self.world.engine.step(happened, self.world.now)]
-        return self.carry_out(effects)
-
-    def carry_out(self, effects: list[Effect]) -> bool:
-        """Commit, then do; a burning fuse ends the daemon after so many effects, or (-1) before the commit."""
-        fuse, self.fuse = self.fuse, None
-        if fuse == -1 and not any(isinstance(effect, KeepIdentity) for effect in effects):
-            self.die()
-            return False
-        for effect in effects:
-            if isinstance(effect, Persist):
-                for write in effect.writes:
-                    self.world.journal.apply(write)
-        deeds = [effect for effect in effects if not isinstance(effect, Persist)]
-        kept = len(deeds) if fuse is None or any(isinstance(deed, KeepIdentity) for deed in deeds) else fuse
-        for effect in deeds[:kept]:
-            self.perform(effect)
-        if fuse is not None:
-            self.die()
-        return True
-
-    def perform(self, effect: Effect) -> None:
-        """What the machine does, or begins to do."""
-        match effect:
-            case PrepareAttempt():
-                self.preparing.append(effect)
-            case ReleaseAttempt(attempt):
-                self.release(attempt)
-            case AbandonAttempt(attempt):
-                found = self.directories.pop(attempt, None)
-                assert found is None or not found.living, "what runs is never abandoned"
-            case AdoptAttempt(attempt):
-                self.connected.add(attempt)
-                self.tell_end(attempt)
-            case SweepAttempt(attempt):
-                self.sweeps.append(attempt)
-            case CollectAttempt(attempt):
-                found = self.directories.get(attempt)
-                if found is not None and not found.living:
-                    found.lock_held = False
-            case CreateWorktree() | RemoveWorktree():
-                self.trees.append(effect)
-            case _:
-                pass
-
-    def release(self, attempt: Attempt) -> None:
-        """The barrier opens: from here on the attempt runs."""
-        found = self.directories.get(attempt)
-        if found is None or found.phase is not Phase.READY or not found.lock_held:
-            return
-        assert attempt in self.world.journal.prepared, "a process runs only behind PREPARED"
-        assert attempt not in self.stopped_unborn, "nothing runs after it was stopped"
-        self.starts[attempt] = self.starts.get(attempt, 0) + 1
-        assert self.starts[attempt] == 1, "an attempt starts once"
-        found.phase, found.living = Phase.RUNNING, True
-        others = [other for other, its in self.directories.items() if its.living and other != attempt]
-        assert all(other.execution_id != attempt.execution_id for other in others), "one process per execution"
-
-    def tell_end(self, attempt: Attempt) -> None:
-        """A shim we are connected to tells its end, or is gone without a word."""
-        found = self.directories.get(attempt)
-        if attempt not in self.connected or found is None:
-            return
-        if found.exit is not None:
-            self.ends.append(AttemptExited(attempt, found.exit))
-        elif not found.lock_held:
-            self.ends.append(AttemptLost(attempt, Reason.SHIM_LOST, Swept(found=0, signalled=0, remaining=0)))
-
-    # --- the daemon dies ----------------------------------------------------------------------------------------
-
-    def die(self, *, reboot: bool = False, left: int = 0) -> None:
-        """What was only in its memory is gone; shims behind their barriers go; another daemon takes over."""
-        for number, wanted in enumerate(self.preparing):
-            self.leave_half_prepared(wanted, (left + number) % 4)
-        self.preparing, self.trees, self.ends, self.sweeps = [], [], [], []
-        self.connected.clear()
-        for found in self.directories.values():
-            if found.lock_held and found.phase in (Phase.NONE, Phase.READY):
-                found.lock_held = False
-                found.exit = an_unreleased_exit() if left % 2 else None
-            if reboot:
-                found.same_boot, found.living, found.lock_held = False, False, False
-        self.world.engine = self.world._new_engine()
-        observed = [
-            Observed(attempt=attempt, same_boot=its.same_boot, phase=its.phase, lock_held=its.lock_held, exit=its.exit)
-            for attempt, its in self.directories.items()
-        ]
-        self.carry_out(self.world.engine.recover(observed, self.world.now))
-
-    def leave_half_prepared(self, wanted: PrepareAttempt, how: int) -> None:
-        """Nothing yet, a bare directory, or a shim behind its barrier."""
-        attempt = wanted.plan.attempt
-        if how == 0 or (attempt in self.directories and not wanted.again):
-            return
-        phase = Phase.NONE if how == 1 else Phase.READY
-        self.directories[attempt] = Directory(phase=phase, lock_held=phase is Phase.READY)
+class EngineMachine(Machine):
+    """What may happen to a machine, its plane and its owner."""
 
     @rule(left=st.integers(0, 3))
     def the_daemon_is_killed(self, left: int) -> None:
         """Between two turns."""
         self.die(left=left)
 
-    @rule(left=st.integers(0, 3))
-    def the_machine_reboots(self, left: int) -> None:
+    @rule(left=st.integers(0, 3), seldom=SELDOM)
+    def the_machine_reboots(self, left: int, seldom: bool) -> None:
         """Nothing is alive afterwards."""
-        self.die(reboot=True, left=left)
+        if seldom:
+            self.die(reboot=True, left=left)
 
     @rule(after=st.integers(-1, 5))
     def the_daemon_will_die_in_its_next_turn(self, after: int) -> None:
@@ -234,11 +85,21 @@ class EngineMachine(RuleBasedStateMachine):
 
     # --- the plane ----------------------------------------------------------------------------------------------
 
-    @rule(execution_id=EXECUTIONS, token=TOKENS, worktree=st.none() | WORKTREES)
-    def the_plane_signs_a_start(self, execution_id: str, token: int, worktree: str | None) -> None:
-        """In a plain directory or a worktree."""
+    @rule(execution_id=EXECUTIONS, again=SELDOM, worktree=st.none() | WORKTREES)
+    def the_plane_signs_a_start(self, execution_id: str, again: bool, worktree: str | None) -> None:
+        """Of the next attempt, or of one that was signed before; in a plain directory or a worktree."""
+        token = max(self.tokens[execution_id] + (not again), 1)
+        self.tokens[execution_id] = token
         make = self.world.start if worktree is None else lambda *args: self.world.start_in(worktree, *args)
         self.ctl.append(make(execution_id, token))
+
+    @rule(execution_id=EXECUTIONS)
+    def a_start_is_on_its_way(self, execution_id: str) -> None:
+        """Signed, received, and its shim waits, if it is its turn."""
+        self.the_plane_signs_a_start(execution_id, False, None)
+        self.commands_arrive(len(self.ctl))
+        if self.preparing:
+            self.a_shim_is_prepared(-1, False)
 
     @rule(worktree=WORKTREES, create=st.booleans())
     def the_plane_signs_a_worktree_command(self, worktree: str, create: bool) -> None:
@@ -264,9 +125,10 @@ class EngineMachine(RuleBasedStateMachine):
         envelopes = self.ctl + self.stale
         self.turn(EnvelopeReceived(envelopes[at % len(envelopes)]))
 
-    @rule(execution_id=EXECUTIONS, token=TOKENS)
-    def a_stop_arrives(self, execution_id: str, token: int) -> None:
-        """Early, in time or late."""
+    @rule(execution_id=EXECUTIONS, early=SELDOM)
+    def a_stop_arrives(self, execution_id: str, early: bool) -> None:
+        """Of the newest attempt, in time or late, or of the one that has not been signed."""
+        token = max(self.tokens[execution_id] + early, 1)
         attempt = an_attempt(execution_id, token)
         unborn = attempt not in self.starts
         if self.turn(EnvelopeReceived(self.world.stop(execution_id, token))) and unborn:
@@ -296,15 +158,17 @@ class EngineMachine(RuleBasedStateMachine):
         """The effects of a handshake; they write nothing, so `World` may take them already."""
         return list(self.world.session(reborn=reborn))
 
-    @rule()
-    def the_plane_begins_a_new_incarnation(self) -> None:
+    @rule(seldom=SELDOM)
+    def the_plane_begins_a_new_incarnation(self, seldom: bool) -> None:
         """Streams restart; what lives goes on."""
+        if not seldom:
+            return
         self.fuse = None
         self.stale = self.ctl[-3:]
         self.ctl = []
         self.carry_out(self.welcome(reborn=True))
 
-    @rule(locked=st.booleans())
+    @rule(locked=SELDOM)
     def the_owner_changes_the_policy(self, locked: bool) -> None:
         """To one that admits nothing, or back."""
         self.world.policy = self.policies[locked]
@@ -344,6 +208,13 @@ class EngineMachine(RuleBasedStateMachine):
         found.exit = None if killed else an_exit()
         self.tell_end(attempt)
 
+    @precondition(lambda self: self.living)
+    @rule(at=st.integers(0, 9), left=st.integers(0, 3))
+    def memory_runs_out(self, at: int, left: int) -> None:
+        """A shim is killed, and the daemon before it could hear of it."""
+        self.a_process_ends(at, True)
+        self.die(left=left)
+
     @precondition(lambda self: self.ends)
     @rule(at=st.integers(0, 9), again=st.booleans())
     def an_end_is_heard(self, at: int, again: bool) -> None:
@@ -372,22 +243,25 @@ class EngineMachine(RuleBasedStateMachine):
 
     # --- what always holds --------------------------------------------------------------------------------------
 
-    @property
-    def consumed(self) -> int:
-        """How much of the ordered stream is durable."""
-        return self.world.journal.marks.get(self.world.inc, Mark()).hw
-
-    @property
-    def living(self) -> list[Attempt]:
-        """Attempts whose process runs."""
-        return [attempt for attempt, found in self.directories.items() if found.living]
-
     @invariant()
     def at_most_one_process_of_an_execution_lives(self) -> None:
         """Whatever was superseded or lost."""
         if hasattr(self, "directories"):
             names = [attempt.execution_id for attempt in self.living]
             assert len(set(names)) == len(names)
+
+    @invariant()
+    def a_predecessor_is_told_to_end(self) -> None:
+        """As soon as its successor is admitted, which waits for it."""
+        if hasattr(self, "world"):
+            journal = self.world.journal
+            open_rows = [row for row in journal.attempts.values() if row.state is not AttemptState.SETTLED]
+            for row in open_rows:
+                others = [
+                    other.attempt for other in open_rows if other.attempt.execution_id == row.attempt.execution_id
+                ]
+                if row.attempt != max(others, key=lambda attempt: attempt.start_token):
+                    assert row.stop_by is not None or row.attempt.name in journal.tombstones
 
     @invariant()
     def the_mark_never_falls(self) -> None:
@@ -403,22 +277,6 @@ class EngineMachine(RuleBasedStateMachine):
         """One receipt per command, one settlement per attempt, and each settlement behind an accepted receipt."""
         if hasattr(self, "world"):
             self.statements()
-
-    def statements(self) -> tuple[dict[Digest, Outcome], set[Attempt]]:
-        """Everything that was ever signed, as a plane would read it."""
-        outcomes: dict[Digest, Outcome] = {}
-        settled: set[Attempt] = set()
-        for item in self.world.journal.items.values():
-            if item.kind is ItemKind.RECEIPT:
-                receipt = _receipt(item)
-                assert receipt[0] not in outcomes, "one receipt"
-                outcomes[receipt[0]] = receipt[1]
-            else:
-                attempt, digest = _settlement(item)
-                assert attempt not in settled, "one settlement"
-                assert outcomes[digest] is Outcome.ACCEPTED, "settled means accepted"
-                settled.add(attempt)
-        return outcomes, settled
 
     # --- rest ---------------------------------------------------------------------------------------------------
 
@@ -461,25 +319,8 @@ class EngineMachine(RuleBasedStateMachine):
         return True
 
 
-_RECEIPTS: dict[str, tuple[Digest, Outcome]] = {}
-_SETTLEMENTS: dict[str, tuple[Attempt, Digest]] = {}
-
-
-def _receipt(item: Any) -> tuple[Digest, Outcome]:
-    """Verified once per body: the invariants look at all of them after every rule."""
-    if item.body not in _RECEIPTS:
-        said = opened_receipt(item)
-        _RECEIPTS[item.body] = (Digest(said.cmd_digest), said.outcome)
-    return _RECEIPTS[item.body]
-
-
-def _settlement(item: Any) -> tuple[Attempt, Digest]:
-    """As `_receipt`."""
-    if item.body not in _SETTLEMENTS:
-        said = opened_settlement(item)
-        _SETTLEMENTS[item.body] = (said.attempt, Digest(said.cmd_digest))
-    return _SETTLEMENTS[item.body]
-
-
-TestEngine = EngineMachine.TestCase
-TestEngine.settings = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+EngineMachine.TestCase.settings = settings(
+    max_examples=max(200, settings().max_examples),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+TestEngine = pytest.mark.slow(EngineMachine.TestCase)

@@ -8,7 +8,7 @@ Hand mutants, each tried, with what went red:
 2. `replay.judge` without the Duplicate branch: teardown (a stop that comes twice has two receipts).
 3. `replay.judge` answers Duplicate by `cmd_id` alone: teardown (a second payload never has a receipt).
 4. `reconcile` without the `acked_hw` check: test_a_runner_that_is_older_than_its_own_word_begins_anew.
-5. `reconcile` without the `out_head` check: connect, or store ("two items under one number").
+5. `reconcile` without the `out_head` check: connect ("two histories went on as one").
 6. `reconcile` without comparing the digest at the mark: test_two_histories_under_one_number_end_in_a_new_incarnation.
 7. `PlaneSession.outgoing` goes back to `first.seq + 1`: test_what_is_lost_is_sent_again_within_a_session.
 8. `PlaneSession.receipted` does nothing for `seq is None`: quiet (a stop goes out for ever).
@@ -16,6 +16,9 @@ Hand mutants, each tried, with what went red:
 10. `RunnerSession.receive` forgets all that waits at any answer: teardown (an item is never stored).
 11. `RunnerSession.outgoing` never repeats: test_what_is_lost_is_sent_again_within_a_session.
 12. `replay.after` forgets the digests of ids: each_command_once (a second payload has a second effect).
+13. `reconcile` adopts over an unanswered number: test_a_mark_above_an_unanswered_command_is_not_adopted.
+14. `Established.report_above` trusts `out_hw`: test_a_number_that_was_used_again_hides_no_item.
+15. `PlaneSession.receive` measures the future by `_next` instead of `_furthest`: plane_hears_need ("what was never sent").
 """
 
 import copy
@@ -28,7 +31,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from protocol.errors import Reason
 from protocol.limits import RETRY_MS
 from protocol.messages import ItemKind, decode_from_runner
-from tests.stateful.world import REFUSED_BODY, Intent, World
+from tests.stateful.world import EVENT_BODY, REFUSED_BODY, Intent, World
 
 HEAL_ROUNDS_MAX = 40
 """Far more than a healed world needs: each round is a retry interval with everything delivered."""
@@ -68,8 +71,7 @@ class Sessions(RuleBasedStateMachine):
     @rule(bad=st.booleans())
     def something_happens_on_the_runner(self, bad: bool) -> None:
         """An event; some the plane will not take."""
-        if self.connected:
-            self.world.runner_tells(REFUSED_BODY if bad else f'{{"event":{len(self.world.runner.outbox)}}}')
+        self.world.runner_tells(REFUSED_BODY if bad else EVENT_BODY)
 
     @rule()
     def plane_sends(self) -> None:
@@ -207,7 +209,7 @@ class Sessions(RuleBasedStateMachine):
             if command.cmd_digest in world.plane.origin:
                 assert len(world.plane.receipts[command.cmd_digest]) == 1, "a payload without its receipt"
         for item in world.runner.outbox:
-            assert world.plane.items[world.plane.inc, item.out_seq] == item, "an item that was lost"
+            assert (item.out_seq, item.body) in world.plane.items, "an item that was lost"
         self.quiet()
         self.each_command_once()
         self.consumed_in_order()
@@ -327,6 +329,44 @@ def test_two_histories_under_one_number_end_in_a_new_incarnation() -> None:
     assert (world.runner.inc, world.runner.chain) == (2, [])
     settle(world)
     assert world.runner.effects == ["cmd_1", "old_2", "new_2"]
+
+
+def test_a_mark_above_an_unanswered_command_is_not_adopted() -> None:
+    """1. The plane forgets 2 and 3 and signs another 2. 2. Somebody replays the old ones first. 3. The new 2 is not left to nobody."""
+    world = a_world(1)
+    world.keep_backup()
+    world.plane.intents += [Intent("old_2", safety=False), Intent("old_3", safety=False)]
+    world.plane_sends()
+    old = world.recorded[-2:]
+    world.disconnect()
+    world.plane, world.now_ms = copy.deepcopy(world.backup), 1
+    world.connect()
+    for frame in old:
+        world.to_the_runner(frame)
+    world.to_plane.clear()
+    world.plane.intents.append(Intent("new_2", safety=False))
+    world.plane_sends()
+    world.disconnect()
+    world.connect()
+    assert world.runner.inc == 2
+    settle(world)
+    assert world.runner.effects == ["cmd_1", "old_2", "old_3", "new_2"]
+
+
+def test_a_number_that_was_used_again_hides_no_item() -> None:
+    """1. An item is stored. 2. The machine is set back; another one gets its number. 3. It comes, whatever the mark covers."""
+    world = a_world(1)
+    world.keep_snapshot()
+    world.runner_tells(EVENT_BODY)
+    settle(world)
+    world.disconnect()
+    world.runner = copy.deepcopy(world.snapshot)
+    world.runner_tells(EVENT_BODY)
+    other = world.runner.outbox[-1]
+    world.connect()
+    assert world.runner.inc == 1
+    settle(world)
+    assert (other.out_seq, other.body) in world.plane.items
 
 
 def test_what_is_lost_is_sent_again_within_a_session() -> None:

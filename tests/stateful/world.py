@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from protocol.commands import Audience, Command
 from protocol.envelope import PayloadType, digest_of, open_envelope
 from protocol.errors import Reason, RemoteError
+from protocol.handshake import Established
 from protocol.ids import GENESIS, CommandId, Digest
 from protocol.messages import (
     Answer,
@@ -29,13 +30,15 @@ from protocol.messages import (
 )
 from protocol.receipt import Outcome, Receipt
 from protocol.replay import Adopt, Advance, Duplicate, Gap, Mark, NotConsumed, Seen, after, judge, reconcile
-from protocol.session import PlaneSession, RunnerSession, SentCommand
-from tests.support.builders import ORG, RUNNER, a_key, a_keyset, a_receipt, a_sealed_command, an_item
+from protocol.session import ItemsAnswered, PlaneSession, RunnerSession, SentCommand
+from tests.support.builders import ORG, RUNNER, a_key, a_keyset, a_receipt, a_sealed_command, a_verified_keyset, an_item
 
 KEY = a_key("command")
 KEYS = {KEY.key_id: KEY.public}
 KEYSET = a_keyset()
-REFUSED_BODY = '{"event":"refuse me"}'
+SEALED_KEYSET = a_verified_keyset()
+EVENT_BODY = '{"event":?}'
+REFUSED_BODY = '{"refuse":?}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,22 +71,17 @@ class PlaneStore:
     ctl: dict[int, SentCommand] = field(default_factory=dict)
     safety: dict[str, SentCommand] = field(default_factory=dict)
     origin: dict[str, Intent] = field(default_factory=dict)
-    items: dict[tuple[int, int], ReportItem] = field(default_factory=dict)
+    items: dict[tuple[int, str], ReportItem] = field(default_factory=dict)
+    """By number and bytes: a runner that was set back uses numbers again."""
+    out_hw: int = 0
+    """The highest number of an item; what was lost below it had no answer."""
     receipts: dict[str, list[str]] = field(default_factory=dict)
     receipted_ids: set[str] = field(default_factory=set)
 
     @property
-    def out_hw(self) -> int:
-        """Every item of this incarnation up to here is final."""
-        number = 0
-        while (self.inc, number + 1) in self.items:
-            number += 1
-        return number
-
-    @property
-    def out_max(self) -> int:
-        """The highest item of this incarnation."""
-        return max((number for inc, number in self.items if inc == self.inc), default=0)
+    def unanswered(self) -> bool:
+        """Whether a number that was signed in this incarnation has no receipt yet."""
+        return any(c.cmd_digest in self.origin and c.cmd_digest not in self.receipts for c in self.ctl.values())
 
 
 @dataclass(slots=True)
@@ -96,6 +94,12 @@ class RunnerStore:
     effects: list[str] = field(default_factory=list)
     outbox: list[ReportItem] = field(default_factory=list)
     receipt_of: dict[Digest, int] = field(default_factory=dict)
+    answered: set[int] = field(default_factory=set)
+
+    @property
+    def oldest_unanswered(self) -> int | None:
+        """The lowest number without an answer."""
+        return min({item.out_seq for item in self.outbox} - self.answered, default=None)
 
 
 class World:
@@ -114,6 +118,7 @@ class World:
         self.wait_for = 0
         self.replayed = False
         self.ids = 0
+        self.told = 0
 
     def disconnect(self) -> None:
         """The connection, and all that was under way on it, is gone."""
@@ -126,7 +131,8 @@ class World:
         return (
             self.runner.inc != plane.inc
             or len(chain) < plane.acked_hw
-            or len(self.runner.outbox) < plane.out_max
+            or len(self.runner.outbox) < plane.out_hw
+            or (len(chain) > plane.mark.hw and plane.unanswered)
             or any(seq in plane.ctl and plane.ctl[seq].cmd_digest != d for seq, d in enumerate(chain, 1))
         )
 
@@ -136,7 +142,13 @@ class World:
         before = max(plane.inc, runner.inc)
         known = {seq: Digest(command.cmd_digest) for seq, command in plane.ctl.items()}
         verdict = reconcile(
-            known, plane.mark.hw, plane.acked_hw, runner.seen.ctl, out_hw=plane.out_max, out_head=len(runner.outbox)
+            known,
+            plane.mark.hw,
+            plane.acked_hw,
+            runner.seen.ctl,
+            unanswered=plane.unanswered,
+            out_hw=plane.out_hw,
+            out_head=len(runner.outbox),
         )
         if isinstance(verdict, Adopt) and runner.inc == plane.inc:
             assert not expected, "two histories went on as one"
@@ -147,11 +159,25 @@ class World:
         else:
             assert expected, "a new incarnation without need"
             self.restart_streams(before + 1)
+        if len(runner.outbox) < plane.out_hw:
+            plane.out_hw = 0
         self.wait_for, self.replayed = len(runner.outbox), False
         self.plane_session = PlaneSession(plane.acked_hw)
         for command in [*plane.ctl.values(), *plane.safety.values()]:
             self.plane_session.queue(command)
-        self.runner_session = RunnerSession(plane.out_hw, 10_000)
+        self.runner_session = RunnerSession(self.welcomed().report_above(runner.oldest_unanswered), 10_000)
+
+    def welcomed(self) -> Established:
+        """What the runner takes from the welcome."""
+        return Established(
+            session="ses_1",
+            now_ms=self.now_ms,
+            beat_ms=10_000,
+            out_hw=self.plane.out_hw,
+            ctl=self.runner.seen.ctl,
+            keyset=SEALED_KEYSET,
+            certificate=None,
+        )
 
     def restart_streams(self, inc: int) -> None:
         """A new incarnation: what was signed and has no receipt is an intent again, under its own id."""
@@ -223,7 +249,9 @@ class World:
         session = self.runner_session
         assert session is not None
         if isinstance(message, Reported | Beaten):
-            session.receive(message)
+            told = session.receive(message)
+            if isinstance(told, ItemsAnswered):
+                self.runner.answered |= {answer.out_seq for answer in told.answers}
         elif isinstance(message, CommandFrame):
             answer = self.runner_judges(message.env.encode(), session)
             if answer is not None:
@@ -257,14 +285,17 @@ class World:
             runner.effects.append(command.cmd_id)
         outcome = Outcome.DONE if refuse is None else Outcome.REFUSED
         number = len(runner.outbox) + 1
+        self.told += 1
         receipt = a_receipt(
-            inc=runner.inc, cmd_id=command.cmd_id, cmd_digest=digest, seq=command.seq, outcome=outcome, at_ms=number
+            inc=runner.inc, cmd_id=command.cmd_id, cmd_digest=digest, seq=command.seq, outcome=outcome, at_ms=self.told
         )
         runner.outbox.append(an_item(number, receipt.dump().decode(), ItemKind.RECEIPT))
         runner.receipt_of[digest] = number
 
     def runner_tells(self, body: str) -> None:
-        """An event for the outbox."""
+        """An event for the outbox; no two are the same, whatever was forgotten."""
+        self.told += 1
+        body = body.replace("?", str(self.told))
         self.runner.outbox.append(an_item(len(self.runner.outbox) + 1, body))
 
     def to_the_plane(self, text: str) -> None:
@@ -292,18 +323,18 @@ class World:
             self.disconnect()
 
     def store(self, item: ReportItem, session: PlaneSession) -> Answer:
-        """One item, by its number in this incarnation; what it says is taken once."""
-        plane, place = self.plane, (self.plane.inc, item.out_seq)
+        """One item, by its number and its bytes; what it says is taken once."""
+        plane, place = self.plane, (item.out_seq, item.body)
         if place not in plane.items:
             plane.items[place] = item
             if item.kind is ItemKind.RECEIPT:
                 self.take_receipt(item.body)
-        assert plane.items[place] == item, "two items under one number"
+        plane.out_hw = max(plane.out_hw, item.out_seq)
         if item.kind is ItemKind.RECEIPT:
             receipt = Receipt.parse(item.body.encode())
             if receipt.inc == plane.inc:
                 session.receipted(receipt.cmd_digest, receipt.seq)
-        return Answer(out_seq=item.out_seq, stored=item.body != REFUSED_BODY)
+        return Answer(out_seq=item.out_seq, stored=not item.body.startswith('{"refuse'))
 
     def take_receipt(self, body: str) -> None:
         """The fate of a command: kept by the digest of its payload."""

@@ -38,6 +38,7 @@ from protocol.messages import (
     LogClosed,
     LogOpen,
     Message,
+    Refused,
     Report,
     Reported,
     ReportItem,
@@ -47,7 +48,7 @@ from protocol.messages import (
     encode,
 )
 from protocol.receipt import Cause, LogEnd, Outcome, Receipt, Settlement, Verdict
-from protocol.replay import Advance, Mark, Seen, after, judge
+from protocol.replay import Advance, Mark, NotConsumed, Seen, after, judge
 from protocol.secretbox import recipient_of
 from tests.support.log_bytes import LogBytes
 
@@ -68,7 +69,7 @@ class Closed(Exception):
 
 @dataclass
 class FakeRunner:
-    """What a runner keeps across connections: keys, marks and its outbox."""
+    """What a runner keeps across connections: keys, marks, its outbox and what of it was answered."""
 
     key: PrivateKey
     seal_seed: bytes
@@ -77,6 +78,7 @@ class FakeRunner:
     keyset: Verified[Keyset]
     seen: Seen = field(default_factory=Seen)
     outbox: list[ReportItem] = field(default_factory=list)
+    answered: list[ReportItem] = field(default_factory=list)
 
     @classmethod
     async def enrol(
@@ -138,6 +140,16 @@ class FakeRunner:
             self.certificate = established.certificate.value
             self.seen = replace(self.seen, ctl=Mark())
         return Line(self, socket, established)
+
+    def judged(self, frame: CommandFrame) -> Refused:
+        """What is said of a command that does not get through the door."""
+        envelope = frame.env.encode()
+        keys = self.keyset.value.keys_for(Role.COMMAND)
+        command = open_envelope(envelope, PayloadType.COMMAND, keys, Command.parse)
+        me = Audience(org=self.certificate.org, runner=self.id, inc=self.certificate.inc)
+        verdict = judge(command, me, self.keyset.value, self.seen)
+        assert isinstance(verdict, NotConsumed)
+        return Refused(digest=digest_of(envelope), reason=verdict.reason, cmd_id=command.value.cmd_id)
 
     # --- statements ---------------------------------------------------------------------------------------------
 
@@ -248,11 +260,17 @@ class Line:
     async def report(self, *items: ReportItem) -> Reported:
         """Report items and wait for the answer."""
         await self.send(Report(items=list(items)))
-        return await self.expect(Reported)
+        reported = await self.expect(Reported)
+        self.runner.answered += items
+        return reported
 
     async def catch_up(self) -> Reported | None:
         """Report everything the plane does not have."""
-        rest = [item for item in self.runner.outbox if item.out_seq > self.established.out_hw]
+        runner = self.runner
+        above = self.established.report_above(
+            min((item.out_seq for item in runner.outbox if item not in runner.answered), default=None)
+        )
+        rest = [item for item in runner.outbox if item.out_seq > above]
         return await self.report(*rest) if rest else None
 
     async def beat(self, leases: Sequence[HeldLease] = (), attempts: Sequence[str] = ()) -> Beaten:

@@ -352,20 +352,22 @@ def verdict_of(verdict: Duplicate | Gap | NotConsumed | Advance) -> dict[str, ob
 def reconciliations() -> list[dict[str, object]]:
     """What a plane does with the mark of a hello."""
     known = {n: make.a_mark(n, f"{n:02x}").head for n in range(1, 6)}
-    cases: list[tuple[int, int, Mark, int, int]] = [
-        (5, 3, Mark(5, known[5]), 0, 0),
-        (5, 3, Mark(3, known[3]), 0, 0),
-        (5, 3, Mark(2, known[2]), 0, 0),
-        (5, 3, make.a_mark(4, "ee"), 0, 0),
-        (5, 3, make.a_mark(8, "ee"), 0, 0),
-        (5, 0, Mark(), 0, 0),
-        (5, 3, Mark(5, known[5]), 7, 6),
-        (5, 3, Mark(5, known[5]), 7, 9),
+    cases: list[tuple[int, int, Mark, bool, int, int]] = [
+        (5, 3, Mark(5, known[5]), True, 0, 0),
+        (5, 3, Mark(3, known[3]), True, 0, 0),
+        (5, 3, Mark(2, known[2]), True, 0, 0),
+        (5, 3, make.a_mark(4, "ee"), True, 0, 0),
+        (5, 3, make.a_mark(8, "ee"), False, 0, 0),
+        (5, 3, make.a_mark(8, "ee"), True, 0, 0),
+        (5, 0, Mark(), True, 0, 0),
+        (5, 3, Mark(5, known[5]), False, 7, 6),
+        (5, 3, Mark(5, known[5]), False, 7, 9),
     ]
     told = []
-    for plane_hw, acked_hw, mark, out_hw, out_head in cases:
-        verdict = reconcile(known, plane_hw, acked_hw, mark, out_hw=out_hw, out_head=out_head)
+    for plane_hw, acked_hw, mark, unanswered, out_hw, out_head in cases:
+        verdict = reconcile(known, plane_hw, acked_hw, mark, unanswered=unanswered, out_hw=out_hw, out_head=out_head)
         answer: object = {"adopt": mark.hw, "lost": verdict.lost} if isinstance(verdict, Adopt) else "fork"
-        said = {"plane": known, "plane_hw": plane_hw, "acked_hw": acked_hw, "out_hw": out_hw, "out_head": out_head}
+        said = {"plane": known, "plane_hw": plane_hw, "acked_hw": acked_hw, "unanswered": unanswered}
+        said |= {"out_hw": out_hw, "out_head": out_head}
         told.append(said | {"runner": {"hw": mark.hw, "head": mark.head}, "verdict": answer})
     return told

@@ -37,8 +37,8 @@ class Shell:
     plane: Running
     home: Path
 
-    async def start(self, *args: str, **env: str) -> asyncio.subprocess.Process:
-        """Begin one."""
+    async def start(self, *args: str, before: tuple[str, ...] = (), **env: str) -> asyncio.subprocess.Process:
+        """Begin one, as the arguments of `before`."""
         environ = {
             "HOME": str(self.home),
             "PATH": os.environ["PATH"],
@@ -48,7 +48,7 @@ class Shell:
         }
         pipe = asyncio.subprocess.PIPE
         return await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "controlplane.cli", *args, stdout=pipe, stderr=pipe, env=environ
+            *before, sys.executable, "-m", "controlplane.cli", *args, stdout=pipe, stderr=pipe, env=environ
         )
 
     async def run(self, *args: str, **env: str) -> tuple[int | None, bytes, str]:
@@ -204,6 +204,30 @@ async def test_an_interrupt_stops_and_waits(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+async def test_a_reader_that_leaves_stops_it(tmp_path: Path) -> None:
+    """As a broken pipe ends a command of this machine; what nobody reads does not run on for ever."""
+    async with shop(tmp_path) as (shell, runner), runner.connect(shell.plane.port) as line:
+        headed = ("sh", "-c", '{ "$@"; echo "status $?" >&2; } | head -n 1', "sh")
+        process = await shell.start("exec", "laptop", "--cwd", "/srv", "--", "yes", before=headed)
+        command = await line.command()
+        await line.report(runner.accepted(command))
+        name = f"{command.value.args['execution_id']}.{command.value.args['start_token']}"
+        log = LogBytes(name).write(b"y\n")
+        await line.data((await line.open_log(name)).offset, log.data)
+        assert process.stdout is not None and await asyncio.wait_for(process.stdout.readline(), WAIT_S) == b"y\n"
+        heard = asyncio.ensure_future(line.command())
+        while not heard.done():
+            # It notices with the first line after its reader has really gone.
+            sent = len(log.data)
+            await line.data(sent, log.write(b"y\n").data[sent:])
+            await asyncio.wait({heard}, timeout=0.1)
+        stop = heard.result()
+        assert stop.value.kind == "execution.stop"
+        _, err = await asyncio.wait_for(process.communicate(), WAIT_S)
+        assert b"status 141" in err and b"nobody reads" in err and b"Traceback" not in err
+
+
+@pytest.mark.slow
 async def test_a_second_interrupt_leaves(tmp_path: Path) -> None:
     """With the shell's own status for it, and the way back."""
     async with shop(tmp_path) as (shell, runner), runner.connect(shell.plane.port) as line:
@@ -285,6 +309,8 @@ async def test_what_is_unknown_is_said_clearly(tmp_path: Path) -> None:
         for args in (["show", "ex_404"], ["logs", "ex_404"], ["stop", "ex_404"], ["worktree", "remove", "wt_404"]):
             status, _, err = await shell.run(*args)
             assert status == 1 and "UNKNOWN" in err and "next: runner-control" in err, (args, err)
+        for verb in ("show", "receipts"):
+            assert "no execution and no worktree has this id" in (await shell.run(verb, "ex_404"))[2]
         (tmp_path / "wrong").write_text("x" * 43)
         status, _, err = await shell.run("--token-file", str(tmp_path / "wrong"), "runners")
         assert status == 1 and "UNAUTHORIZED" in err
@@ -306,6 +332,9 @@ async def test_what_is_unknown_is_said_clearly(tmp_path: Path) -> None:
         ["show", "../keys"],
         ["logs", "ex_1?x"],
         ["serve", "--listen", "nowhere"],
+        ["--url", "nowhere", "runners"],
+        ["--url", "http://127.0.0.1:99999", "runners"],
+        ["--url", "http://127.0.0.1:7410/v1", "runners"],
     ],
 )
 def test_wrong_usage_is_said_before_anything_is_asked(args: list[str], tmp_path: Path) -> None:
@@ -314,6 +343,31 @@ def test_wrong_usage_is_said_before_anything_is_asked(args: list[str], tmp_path:
     where = ["--url", "http://127.0.0.1:9", "--token-file", str(tmp_path / "token")]
     done = CliRunner().invoke(cli, [*where, *args])
     assert done.exit_code == 2, done.stderr
+
+
+def test_a_machine_without_a_control_plane_says_how_to_get_one(tmp_path: Path) -> None:
+    """Exit status 3, with the file that is missing."""
+    done = CliRunner().invoke(cli, ["--token-file", str(tmp_path / "admin.token"), "runners"])
+    assert done.exit_code == 3 and str(tmp_path / "admin.token") in done.stderr
+    assert "next: runner-control serve" in done.stderr
+
+
+def test_a_place_that_cannot_be_had_is_named(tmp_path: Path) -> None:
+    """Not as a traceback."""
+    (tmp_path / "file").touch()
+    done = CliRunner().invoke(cli, ["serve", "--db", str(tmp_path / "file" / "plane" / "control.db")])
+    assert done.exit_code == 1 and str(tmp_path / "file") in done.stderr and "next:" in done.stderr
+
+
+@pytest.mark.slow
+async def test_a_second_control_plane_on_the_same_data_says_so(tmp_path: Path) -> None:
+    """Exit status 5; and an address that others reach wants a word."""
+    async with shop(tmp_path) as (shell, _runner):
+        db = ("--db", str(tmp_path / "plane" / "control.db"))
+        status, _, err = await shell.run("serve", "--listen", "127.0.0.1:0", *db)
+        assert status == 5 and str(tmp_path / "plane") in err and "next:" in err
+    status, _, err = await shell.run("serve", "--listen", "0.0.0.0:0", "--db", str(tmp_path / "x.db"))
+    assert status == 1 and "--allow-remote" in err
 
 
 def test_exec_without_a_place_names_both(tmp_path: Path) -> None:

@@ -14,14 +14,12 @@ from controlplane.rows import (
     ExecutionState,
     IntentRow,
     IntentState,
-    RunnerRow,
     WorktreeRow,
     WorktreeState,
 )
 from protocol.commands import Command, Kind, parse_args
 from protocol.envelope import digest_of
 from protocol.errors import Reason
-from protocol.identity import HelloClaims, StreamMark
 from protocol.ids import GENESIS, Digest
 from protocol.messages import HeldLease
 from protocol.receipt import Cause, Outcome, Receipt, Settlement, Verdict
@@ -30,7 +28,7 @@ from protocol.replay import Mark
 NOW = 1_795_000_000_000
 DAY_MS = 24 * 60 * 60 * 1000
 ADDRESS = Address(org="org", runner="rn", inc=3, keyset_min=2)
-A, B, C = (Digest(digest_of(name)) for name in (b"a", b"b", b"c"))
+A, B = (Digest(digest_of(name)) for name in (b"a", b"b"))
 
 
 def an_intent(cmd_id: str = "cm_1", kind: Kind = Kind.EXECUTION_START, **over: Any) -> IntentRow:
@@ -158,84 +156,6 @@ class TestNumbering:
             numbered(an_intent(state=IntentState.CANCELLED))
 
 
-def a_runner(**over: Any) -> RunnerRow:
-    """A runner in incarnation 3, sent up to 7 = A."""
-    fields: dict[str, Any] = {
-        "id": "rn",
-        "name": "laptop",
-        "x": "x",
-        "seal_x": "s",
-        "labels": {},
-        "living": True,
-        "inc": 3,
-        "certificate": "",
-        "ctl": Mark(7, A),
-        "acked_hw": 5,
-        "out_hw": 20,
-    }
-    return RunnerRow(**(fields | over))
-
-
-def a_hello(hw: int, head: str, inc: int = 3, out_head: int = 20) -> HelloClaims:
-    """A hello with this mark."""
-    return HelloClaims(
-        org="org",
-        runner="rn",
-        inc=inc,
-        nonce_plane="n" * 43,
-        nonce_runner="n" * 43,
-        boot_id="b",
-        ctl=StreamMark(hw=hw, head=head),
-        out_head=out_head,
-        keyset_version=1,
-        policy_digest=A,
-        version="1",
-        platform="linux",
-    )
-
-
-class TestMeeting:
-    """What becomes of two histories."""
-
-    def test_the_same_history_goes_on(self) -> None:
-        """The runner is behind, the plane keeps its own mark and tells the runner's."""
-        meeting = dispatcher.meet(a_runner(), a_hello(6, B), B)
-        assert (meeting.inc, meeting.told, meeting.ctl) == (3, Mark(6, B), Mark(7, A))
-        assert not meeting.reborn
-        assert not meeting.requeue
-
-    def test_a_plane_from_a_backup_jumps_to_the_runners_mark(self) -> None:
-        """Numbers it does not know are the runner's word, signed."""
-        meeting = dispatcher.meet(a_runner(), a_hello(9, C), None)
-        assert (meeting.told, meeting.ctl, meeting.reborn) == (Mark(9, C), Mark(9, C), False)
-
-    def test_another_digest_under_a_known_number_is_a_fork(self) -> None:
-        """A new incarnation begins at zero, and what was sent is asked again."""
-        meeting = dispatcher.meet(a_runner(), a_hello(7, C), A)
-        assert (meeting.inc, meeting.told, meeting.ctl) == (4, Mark(), Mark())
-        assert meeting.reborn
-        assert meeting.requeue
-
-    def test_a_runner_that_forgot_what_it_acked_is_a_fork(self) -> None:
-        """A restored snapshot: below its own word."""
-        assert dispatcher.meet(a_runner(), a_hello(4, B), B).reborn
-
-    def test_a_runner_that_missed_its_new_certificate_gets_another(self) -> None:
-        """An older incarnation can only be told to begin anew."""
-        meeting = dispatcher.meet(a_runner(), a_hello(7, A, inc=2), None)
-        assert (meeting.inc, meeting.reborn) == (4, True)
-
-    def test_a_plane_from_before_a_fork_takes_the_runners_incarnation(self) -> None:
-        """Only our certificate can have raised it."""
-        meeting = dispatcher.meet(a_runner(), a_hello(2, C, inc=5), None)
-        assert (meeting.inc, meeting.told, meeting.ctl, meeting.reborn) == (5, Mark(2, C), Mark(2, C), False)
-        assert meeting.requeue
-
-    def test_a_shorter_outbox_moves_the_mark_back(self) -> None:
-        """A runner that lost items numbers others with their numbers: they must be asked for."""
-        assert dispatcher.meet(a_runner(), a_hello(7, A, out_head=4), A).out_hw == 4
-
-
 SENT = an_intent(state=IntentState.SENT, signed_times=1)
 
 
@@ -283,6 +203,33 @@ class TestReceipts:
         row = dispatcher.receipted(None, None, receipt, "{}").execution
         assert row is not None
         assert (row.id, row.start_token, row.state) == ("ex_9", 2, ExecutionState.RUNNING)
+
+    def test_a_stop_that_meets_nothing_ends_what_was_accepted(self) -> None:
+        """The runner was set back behind its own receipt: nobody else will ever tell this execution's end."""
+        stop = an_intent("cm_2", Kind.EXECUTION_STOP, state=IntentState.SENT)
+        receipt = a_receipt(
+            Outcome.DONE, cmd_id="cm_2", kind=Kind.EXECUTION_STOP, seq=None, result={"state": "tombstone"}
+        )
+        row = dispatcher.receipted(stop, an_execution(state=ExecutionState.RUNNING), receipt, "{}").execution
+        assert row is not None
+        assert (row.state, row.exit_status, row.reason) == (ExecutionState.CANCELLED, 125, "UNKNOWN_TARGET")
+        late = dispatcher.settled(None, row, a_settlement(), A, "{}").execution
+        assert late is not None and late.state is ExecutionState.SETTLED
+
+    @pytest.mark.parametrize(
+        ("state", "met"),
+        [
+            (ExecutionState.SENT, "tombstone"),
+            (ExecutionState.RUNNING, "stopping"),
+            (ExecutionState.SETTLED, "tombstone"),
+        ],
+    )
+    def test_any_other_stop_leaves_the_end_to_its_attempt(self, state: ExecutionState, met: str) -> None:
+        """A start on its way has a receipt of its own to come, a living attempt its settlement."""
+        stop = an_intent("cm_2", Kind.EXECUTION_STOP, state=IntentState.SENT)
+        receipt = a_receipt(Outcome.DONE, cmd_id="cm_2", kind=Kind.EXECUTION_STOP, seq=None, result={"state": met})
+        change = dispatcher.receipted(stop, an_execution(state=state), receipt, "{}")
+        assert change.execution is None and change.intent is not None
 
     def test_a_worktree_is_ready_where_the_receipt_says(self) -> None:
         """Path, head and branch come from the result."""

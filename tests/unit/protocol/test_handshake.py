@@ -93,6 +93,23 @@ def test_both_sides_are_proven() -> None:
     assert (runner.step, plane.step) == (RunnerStep.WELCOMED, PlaneStep.KNOWN)
 
 
+@pytest.mark.parametrize(("oldest", "above"), [(None, 2), (3, 2), (2, 1), (1, 0)])
+def test_what_had_no_answer_is_reported_whatever_the_mark_covers(oldest: int | None, above: int) -> None:
+    """A machine that was set back uses numbers again that the plane has stored other items under."""
+    runner, _plane, claims = proved()
+    established = runner.receive(Welcome(env=welcome(claims)))
+    assert isinstance(established, Established)
+    assert established.report_above(oldest) == above
+
+
+def test_a_mark_above_our_own_end_does_not_cover_what_comes_next() -> None:
+    """The plane stored items that this machine has forgotten: the next one has one of their numbers."""
+    runner, _plane, claims = proved(out_head=1)
+    established = runner.receive(Welcome(env=welcome(claims, out_hw=2)))
+    assert isinstance(established, Established)
+    assert established.out_hw == 1
+
+
 def test_a_new_incarnation_restarts_the_streams() -> None:
     """The certificate comes along, is signed by an enrol key, and everything is judged against it."""
     runner, _plane, claims = proved()

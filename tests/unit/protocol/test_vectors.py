@@ -174,7 +174,13 @@ def test_judgements() -> None:
         known = {int(seq): digest for seq, digest in case["plane"].items()}
         mark = Mark(case["runner"]["hw"], case["runner"]["head"])
         verdict = reconcile(
-            known, case["plane_hw"], case["acked_hw"], mark, out_hw=case["out_hw"], out_head=case["out_head"]
+            known,
+            case["plane_hw"],
+            case["acked_hw"],
+            mark,
+            unanswered=case["unanswered"],
+            out_hw=case["out_hw"],
+            out_head=case["out_head"],
         )
         expected = "fork" if not isinstance(verdict, Adopt) else {"adopt": verdict.mark.hw, "lost": verdict.lost}
         assert expected == case["verdict"]

@@ -182,6 +182,8 @@ class JournalModel(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         """The image and the outbox are what the model says."""
+        oldest = self.run(self.journal.oldest_unanswered())
+        assert oldest == min(self.bodies.keys() - self.answered.keys(), default=None)
         image = self.run(self.journal.load())
         living = {row.digest for row in self.attempts.values() if row.settled_seq is None}
         shown = [
