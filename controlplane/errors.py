@@ -76,6 +76,10 @@ class StartRefused(ControlPlaneError):
     """The control plane cannot start here; the text names the file and what to do."""
 
 
+class AnotherPlane(StartRefused):
+    """The data directory is another control plane's."""
+
+
 @contextmanager
 def ungrouped() -> Iterator[None]:
     """Let a lone exception out of the group that a task group puts it in, so that callers can catch what is documented."""

@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
-from controlplane.errors import StartRefused
+from controlplane.errors import AnotherPlane, StartRefused
 from controlplane.limits import KEYSET_TTL_MS
 from protocol.envelope import PayloadType, Verified, seal
 from protocol.errors import EnvelopeError
@@ -102,7 +102,7 @@ def lock_directory(directory: Path) -> int:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as exc:
         os.close(fd)
-        raise StartRefused(f"another control plane has {directory}") from exc
+        raise AnotherPlane(f"another control plane has {directory}") from exc
     return fd
 
 

@@ -1,6 +1,7 @@
 """What the verbs of the control plane's command line share: reaching the plane, options, errors as exit codes."""
 
 import os
+import re
 from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
@@ -21,7 +22,13 @@ _NEXT: Final = {
     "UNKNOWN_EXECUTION": "runner-control ps --all",
     "UNKNOWN_WORKTREE": "runner-control worktree ls",
     "NOT_FOUND": "runner-control ps --all",
+    "WORKTREE_EXISTS": "runner-control worktree ls",
+    "WORKTREE_NOT_READY": "runner-control worktree ls",
+    "BAD_OFFSET": "runner-control logs EXECUTION   (offsets are where records begin)",
+    "TOO_MANY_INTENTS": "runner-control ps",
 }
+_ELSE_NEXT: Final = "runner-control --help"
+_URL: Final = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?/?")
 
 
 class ExitCode(IntEnum):
@@ -30,9 +37,16 @@ class ExitCode(IntEnum):
     OK = 0
     REFUSED = 1
     USAGE = 2
+    CONFIG = 3
+    ANOTHER_PLANE = 5
     UNREACHABLE = 6
     FAILED = 125
     INTERRUPTED = 130
+    UNREAD = 141
+
+
+class NoToken(Exception):
+    """The admin token cannot be read; the text names the file and why."""
 
 
 class Reach:
@@ -43,21 +57,22 @@ class Reach:
         self._token_file = Path(token_file) if token_file else data_dir() / "admin.token"
 
     def client(self) -> PlaneClient:
-        """A connection. Raises click.UsageError when there is no token."""
+        """A connection. Raises NoToken."""
         try:
             with self._token_file.open("rb") as file:
                 token = file.read(TOKEN_BYTES_MAX).decode("ascii", "strict").strip()
         except (OSError, UnicodeDecodeError) as exc:
             problem = exc.strerror if isinstance(exc, OSError) else "it is no token"
-            raise click.UsageError(
-                f"the admin token cannot be read from {self._token_file}: {problem}. "
-                "Start a control plane with `runner-control serve`, or name its token with --token-file."
-            ) from None
+            raise NoToken(f"the admin token cannot be read from {self._token_file}: {problem}") from None
         return PlaneClient(self.url, token)
 
 
 class Front(click.Group):
     """The group of all verbs: turns what a control plane says no to into a sentence, a next step and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Every verb, in the order a new user meets them."""
+        return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb."""
@@ -65,6 +80,15 @@ class Front(click.Group):
             return super().invoke(ctx)
         except (PlaneRefused, PlaneUnreachable, RemoteError) as exc:
             ctx.exit(explain(exc))
+        except NoToken as exc:
+            complain(str(exc), "runner-control serve   (or name the token of another one with --token-file)")
+            ctx.exit(ExitCode.CONFIG)
+        except BrokenPipeError:
+            raise  # whoever read what we print has left: that is no error to tell of
+        except OSError as exc:
+            place = f"{exc.filename}: " if isinstance(exc.filename, str) else ""
+            complain(f"{place}{exc.strerror or exc}", _ELSE_NEXT)
+            ctx.exit(ExitCode.REFUSED)
 
 
 def explain(exc: PlaneRefused | PlaneUnreachable | RemoteError) -> ExitCode:
@@ -73,8 +97,16 @@ def explain(exc: PlaneRefused | PlaneUnreachable | RemoteError) -> ExitCode:
         complain(str(exc), "runner-control serve   (or name another one with --url)")
         return ExitCode.UNREACHABLE
     reason = exc.reason
-    complain(str(exc), _NEXT.get(reason, ""))
+    complain(str(exc), _NEXT.get(reason, _ELSE_NEXT))
     return ExitCode.REFUSED
+
+
+def plane_url(_ctx: click.Context, _option: click.Parameter, url: str) -> str:
+    """The address of a control plane. Raises click.BadParameter."""
+    port = url.rstrip("/").rpartition(":")[2]
+    if not _URL.fullmatch(url) or (port.isdigit() and not 0 < int(port) < 65536):
+        raise click.BadParameter("expected http://HOST:PORT or https://HOST")
+    return url
 
 
 def data_dir() -> Path:

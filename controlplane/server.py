@@ -76,7 +76,7 @@ def refuse_remote(host: str, *, allow_remote: bool) -> None:
     except ValueError:
         loopback = False
     if not loopback:
-        raise StartRefused("it listens on loopback only, unless remote listening is allowed explicitly")
+        raise StartRefused(f"it listens on loopback only, and has no TLS for others: --allow-remote allows {host!r}")
 
 
 @asynccontextmanager

@@ -1,6 +1,7 @@
 """`exec`, `ps`, `logs` and `stop`: executions, as a person at a shell wants them."""
 
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -40,7 +41,7 @@ _LIVING: Final = ("queued", "sent", "running")
 
 
 @click.command("exec", short_help="Run a command on a runner.")
-@click.argument("runner")
+@click.argument("runner", metavar="RUNNER")
 @click.argument("argv", metavar="CMD [ARG]...", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option("--worktree", metavar="ID", help="Run in this managed worktree.")
 @click.option("--subdir", metavar="DIR", help="In this directory of the worktree.")
@@ -65,10 +66,11 @@ def execute(
 ) -> None:
     """Run a command on a runner and be it: its output, its exit status.
 
-    stdout and stderr stay apart and come byte for byte. ^C stops the execution and waits for its end; ^C again leaves.
-    A control plane that restarts meanwhile is waited for. The exit status is the command's own, 128 + n when signal n
-    killed it, 125 when we failed (the reason is on stderr). With --json nothing is streamed: the execution is printed
-    at its end, whose output `runner-control logs` gives.
+    stdout and stderr stay apart and come byte for byte. ^C stops the execution and waits for its end; ^C again
+    leaves. When whoever reads the output leaves, as `head` does, it is stopped too (status 141). A control plane that
+    restarts meanwhile is waited for. The exit status is the command's own, 128 + n when signal n killed it, 125 when we failed
+    (the reason is on stderr). With --json nothing is streamed: the execution is printed at its end, whose output
+    `runner-control logs` gives.
 
     A secret is sealed to the runner's key and becomes a variable of the command alone. `--secret NAME` takes it from
     your environment, `--secret NAME=@FILE` from a file, without the newline at its end.
@@ -93,6 +95,11 @@ def execute(
         except Left:
             complain("left; it goes on until it has stopped", f"runner-control logs -f {ordered['id']}")
             ctx.exit(ExitCode.INTERRUPTED)
+        except BrokenPipeError:
+            if detach:
+                raise
+            _stop_unread(client, ordered["id"])
+            ctx.exit(ExitCode.UNREAD)
         except (PlaneRefused, PlaneUnreachable, RemoteError) as exc:
             explain(exc)
             if as_json:
@@ -163,6 +170,16 @@ def _be(client: PlaneClient, execution_id: str, text: LogText, *, quiet: bool) -
         if not quiet:
             follow_log(client, execution_id, 0, text, write_piece)
         return wait_for_end(client, execution_id)
+
+
+def _stop_unread(client: PlaneClient, execution_id: str) -> None:
+    """Whoever read the output has left: end the execution, as a broken pipe ends a command of this machine."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    # What is still buffered for the reader would fail once more when this process ends.
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    complain(f"nobody reads its output any more: stopping {execution_id}", f"runner-control show {execution_id}")
+    stop_aside(client.url, client.token, execution_id, tell_on_stderr)
 
 
 def _status(ended: Json) -> int:

@@ -8,7 +8,7 @@ import click
 
 from controlplane.client import Json, PlaneClient, PlaneRefused
 from controlplane.reach import Reach, as_json, pass_reach, path_id
-from controlplane.render import command_line, moment, print_facts, print_json, print_table
+from controlplane.render import command_line, complain, moment, print_facts, print_json, print_table
 from protocol.text import show_age, show_duration
 
 NOT_FOUND: Final = 404
@@ -34,7 +34,7 @@ def show(reach: Reach, wanted: str, as_json: bool) -> None:
         except PlaneRefused as exc:
             if exc.status != NOT_FOUND:
                 raise
-            found = client.get(f"/worktrees/{wanted}")
+            found = _worktree_or_nothing(client, wanted)
             print_json(found) if as_json else print_facts(_worktree(found))
             return
         digests = client.get(f"/executions/{wanted}/digests")
@@ -42,6 +42,16 @@ def show(reach: Reach, wanted: str, as_json: bool) -> None:
         print_json({**found, "digests": digests})
         return
     print_facts([*_execution(found), *_streams(found, digests), *_statements(found)])
+
+
+def _worktree_or_nothing(client: PlaneClient, wanted: str) -> Json:
+    """The worktree of this id. Raises PlaneRefused that speaks of executions, too: both were looked for."""
+    try:
+        return client.get(f"/worktrees/{wanted}")
+    except PlaneRefused as exc:
+        if exc.status != NOT_FOUND:
+            raise
+        raise PlaneRefused(exc.status, exc.reason, "no execution and no worktree has this id") from None
 
 
 def _worktree(found: Json) -> list[tuple[str, str]]:
@@ -127,6 +137,8 @@ def receipts(reach: Reach, wanted: str, out: str | None, as_json: bool) -> None:
     """
     with reach.client() as client:
         found = client.get(f"/receipts/{path_id(wanted)}")
+        if not found["statements"]:
+            _say_nothing_signed(client, wanted)
         written = _write(client, Path(out), found["statements"]) if out is not None else []
     if as_json:
         print_json({**found, "files": written} if out is not None else found)
@@ -139,6 +151,17 @@ def receipts(reach: Reach, wanted: str, out: str | None, as_json: bool) -> None:
             for one in found["statements"]
         ]
         print_table(("RECEIVED", "KIND", "SAYS", "DIGEST"), rows)
+
+
+def _say_nothing_signed(client: PlaneClient, wanted: str) -> None:
+    """A word on stderr for what is known. Raises PlaneRefused for what is not."""
+    try:
+        client.get(f"/executions/{wanted}")
+    except PlaneRefused as exc:
+        if exc.status != NOT_FOUND:
+            raise
+        _worktree_or_nothing(client, wanted)
+    complain(f"the runner has signed nothing about {wanted} yet", f"runner-control show {wanted}")
 
 
 def _says(payload: Json) -> str:

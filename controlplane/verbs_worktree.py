@@ -20,8 +20,8 @@ def worktree() -> None:
     """
 
 
-@worktree.command()
-@click.argument("runner")
+@worktree.command(short_help="Make a worktree.")
+@click.argument("runner", metavar="RUNNER")
 @click.option("--repo", required=True, metavar="PATH", help="The repository on the runner's machine (absolute).")
 @click.option("--base", required=True, metavar="REF", help="The commit to start from: a branch, tag or id.")
 @click.option("--branch", metavar="NAME", help="Make this branch; without it HEAD is detached.")
@@ -45,7 +45,7 @@ def create(
     _tell(ctx, made, "ready", f"{made['id']}\t{made['path']}", as_json=as_json)
 
 
-@worktree.command()
+@worktree.command(short_help="Remove a worktree.")
 @click.argument("worktree_id", metavar="ID")
 @click.option("--force", is_flag=True, help="Even with changes that are in no commit: they are lost.")
 @as_json

@@ -1,6 +1,7 @@
 """Checks of what is the runner's own: settings, state, daemon, identity, policy, journal, control plane, leftovers."""
 
 import os
+import shlex
 import sqlite3
 import stat
 from contextlib import closing
@@ -11,6 +12,7 @@ from protocol.limits import CLOCK_SKEW_MS
 from protocol.text import show_age, show_duration
 from runner.adapters.attemptfiles import attempt_directories, is_locked, read_attempt
 from runner.adapters.control_client import ControlUnavailable, call_control
+from runner.adapters.succession import JOURNAL
 from runner.adapters.system import SystemClock
 from runner.doctor import Check, Measured, Scene, Verdict, ok, skip
 from runner.errors import ConfigError, NotEnrolled
@@ -25,7 +27,6 @@ FSYNC_P99_MS_MAX: Final = 50.0
 """Every command waits for two commits; beyond this the disk is what a user waits for."""
 CONNECT_TIMEOUT_S: Final = 5.0
 NONCE_BYTES: Final = 32
-JOURNAL_NAME: Final = "journal.db"
 _NO_SETTINGS: Final = "the settings cannot be read"
 _NO_IDENTITY: Final = "not enrolled"
 _ENROLL: Final = "runner enroll JOIN-STRING"
@@ -62,7 +63,9 @@ def daemon(scene: Scene) -> Measured:
         said = call_control(socket_of(scene.settings), "status", {}, CALL_TIMEOUT_S)
     except ControlUnavailable as exc:
         if held:
-            return Measured(Verdict.FAIL, f"pid {_written_pid(lock)} holds {lock}, but {exc.detail}", "runner status")
+            pid = _written_pid(lock)
+            # It is ours to end: what it had started goes on, and a service starts it again by itself.
+            return Measured(Verdict.FAIL, f"pid {pid} holds {lock}, but {exc.detail}", f"kill -9 {pid}; runner start")
         return Measured(Verdict.WARN, "not running", "runner service install --user --now")
     session = said.get("session") or {}
     value = f"pid {said.get('pid')} answers, session {session.get('state')}"
@@ -99,10 +102,16 @@ def policy(scene: Scene) -> Measured:
     file = scene.settings.policy_file
     known, problem = load_policy(file, ())
     if problem is not None:
-        return Measured(Verdict.FAIL, problem, f"${{EDITOR:-vi}} {file}" if file.exists() else "runner policy init")
+        return Measured(Verdict.FAIL, problem, _repair_policy(file, problem))
     if not known.kinds:
         return Measured(Verdict.WARN, f"{file} admits nothing", f"${{EDITOR:-vi}} {file}")
     return ok(f"{known.digest[:19]}… admits {len(known.kinds)} kinds below {len(known.roots)} roots")
+
+
+def _repair_policy(file: Path, problem: str) -> str:
+    if not file.exists():
+        return "runner policy init"
+    return f"chmod go-w {file}" if "chmod" in problem else f"${{EDITOR:-vi}} {file}"
 
 
 def keyset(scene: Scene) -> Measured:
@@ -124,20 +133,26 @@ def journal(scene: Scene) -> Measured:
     """R007: the journal is whole and its disk is quick."""
     from runner.adapters.journal import measure_fsync
 
-    path = scene.settings.state_dir / JOURNAL_NAME
+    path = scene.settings.state_dir / JOURNAL
     if not path.exists():
         return skip(f"{path} is not there yet")
     try:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=CONNECT_TIMEOUT_S)) as connection:
             (said,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     except sqlite3.Error as exc:
-        return Measured(Verdict.FAIL, f"{path}: {exc}", f"mv {path} {path}.broken")
+        return Measured(Verdict.FAIL, f"{path}: {exc}", _set_aside(path))
     if said != "ok":
-        return Measured(Verdict.FAIL, f"{path}: {said}", f"mv {path} {path}.broken")
+        return Measured(Verdict.FAIL, f"{path}: {said}", _set_aside(path))
     times_ms = sorted(measure_fsync(path.parent))
     p99 = times_ms[min(len(times_ms) - 1, int(len(times_ms) * 0.99))]
     value = f"whole; fsync p99 {p99:.1f} ms"
     return Measured(Verdict.WARN, value, f"df {path.parent}") if p99 > FSYNC_P99_MS_MAX else ok(value)
+
+
+def _set_aside(path: Path) -> str:
+    """The file with its write-ahead log, which must never meet another journal."""
+    aside = shlex.quote(str(path.parent / "journal.broken"))
+    return f"mkdir {aside} && mv {shlex.quote(str(path))}* {aside}/"
 
 
 def control_plane(scene: Scene) -> Measured:
@@ -211,15 +226,23 @@ def leftovers(scene: Scene) -> Measured:
     # Another runner on this machine looks after its own.
     runner = "" if isinstance(known, (NotEnrolled, ConfigError)) else f"{known.certificate.value.runner}:"
     strays = [
-        f"{pid} ({cookie})"
+        (pid, cookie)
         for pid, cookie in _cookies()
         if cookie not in living and (cookie in ended or (runner and cookie.startswith(runner)))
     ]
     if not lost and not strays:
         return ok(f"none among {len(found)} attempts")
     said = [f"without shim and end: {' '.join(lost)}"] if lost else []
-    said += [f"processes of no living attempt: {' '.join(strays)}"] if strays else []
-    return Measured(Verdict.WARN, "; ".join(said), "runner start")
+    said += (
+        [f"processes of no living attempt: {' '.join(f'{pid} ({cookie})' for pid, cookie in strays)}"] if strays else []
+    )
+    # A daemon settles lost attempts when it starts; whose attempt it does not know it leaves alone.
+    fix = (
+        f"kill {' '.join(str(pid) for pid, _ in strays)}"
+        if strays
+        else "systemctl --user restart runner   # or end `runner start` and run it again"
+    )
+    return Measured(Verdict.WARN, "; ".join(said), fix)
 
 
 def _cookies() -> list[tuple[int, str]]:

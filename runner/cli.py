@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import click
 
+from runner.config import ENVIRONMENT_PLACE, FLAGS_PLACE
 from runner.errors import AnotherDaemon, ConfigError, NotEnrolled, RunnerError
 from runner.render import complain, wants_colour
 from runner.verbs.options import ExitCode
@@ -58,23 +59,34 @@ class Front(click.Group):
             complain(str(exc), "runner status")
             ctx.exit(ExitCode.ANOTHER_DAEMON)
         except RunnerError as exc:
-            complain(str(exc), getattr(exc, "following", "runner doctor"))
-            ctx.exit(getattr(exc, "exit_code", ExitCode.INTERNAL))
+            complain(str(exc), "runner doctor")
+            ctx.exit(ExitCode.INTERNAL)
+        except BrokenPipeError:
+            raise  # whoever read what we print has left: that is no error to tell of
+        except OSError as exc:
+            place = f"{exc.filename}: " if isinstance(exc.filename, str) else ""
+            complain(f"{place}{exc.strerror or exc}", "runner doctor")
+            ctx.exit(ExitCode.INTERNAL)
 
 
 def _repair(exc: ConfigError) -> str:
-    """The command that an error carries, else the one that shows the settings."""
+    """The command that an error carries, else the one that changes what is wrong."""
     _sentence, colon, command = exc.expected.rpartition(": chmod ")
-    return f"chmod {command}" if colon else "runner config show --help"
+    if colon:
+        return f"chmod {command}"
+    if exc.place == FLAGS_PLACE:
+        return "runner --help"
+    if exc.place == ENVIRONMENT_PLACE:
+        return f"unset {exc.key}"
+    return f"${{EDITOR:-vi}} {exc.place}" if exc.place.endswith(".toml") else "runner doctor"
 
 
 def _version(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
         from protocol.messages import PROTOCOL_VERSION
+        from protocol.version import VERSION
 
-        click.echo(f"runner {version('local-runner')} (protocol {PROTOCOL_VERSION})")
+        click.echo(f"runner {VERSION} (protocol {PROTOCOL_VERSION})")
         ctx.exit()
 
 

@@ -11,17 +11,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
-from protocol.limits import GRACE_MS, GRACE_MS_MAX, MIB, SEGMENT_BYTES, SPOOL_BYTES_PER_EXECUTION
+from protocol.limits import MIB, SEGMENT_BYTES, SPOOL_BYTES_PER_EXECUTION
 from runner.errors import ConfigError
-from runner.logs import FORMS, LEVELS
 
 PREFIX: Final = "LOCAL_RUNNER_"
 FLAGS_PLACE: Final = "flags"
 ENVIRONMENT_PLACE: Final = "environment"
+DEFAULT_PLACE: Final = "default"
 CONFIG_BYTES_MAX: Final = 1 * MIB
-RECONNECT_MIN_MS: Final = 500
-RECONNECT_MAX_MS: Final = 30_000
-RECONNECT_MS_RANGE: Final = (10, 3_600_000)
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+LOG_FORMS: Final = ("auto", "json", "console")
 SPOOL_BYTES_RANGE: Final = (4 * MIB, 1024 * 1024 * MIB)
 SEGMENT_BYTES_RANGE: Final = (1 * MIB, 1024 * MIB)
 """A segment holds many records of 64 KiB, or the head of a log alone would fill it."""
@@ -50,9 +49,6 @@ class Settings:
     """A name to look up on PATH, or an absolute path."""
     spool_bytes: int = SPOOL_BYTES_PER_EXECUTION
     segment_bytes: int = SEGMENT_BYTES
-    grace_ms: int = GRACE_MS
-    reconnect_min_ms: int = RECONNECT_MIN_MS
-    reconnect_max_ms: int = RECONNECT_MAX_MS
 
 
 class _Key(NamedTuple):
@@ -104,15 +100,12 @@ _KEYS: Final[Mapping[str, _Key]] = MappingProxyType(
         "state_dir": _PATH_KEY,
         "runtime_dir": _PATH_KEY,
         "policy_file": _PATH_KEY,
-        "log_level": _choice(*LEVELS),
-        "log_format": _choice(*FORMS),
+        "log_level": _choice(*LOG_LEVELS),
+        "log_format": _choice(*LOG_FORMS),
         "proxy": _Key(str, _proxy, "an http, https or socks5 URL, or nothing"),
         "git": _Key(str, _git, "a program name or an absolute path"),
         "spool_bytes": _integer(*SPOOL_BYTES_RANGE, "bytes"),
         "segment_bytes": _integer(*SEGMENT_BYTES_RANGE, "bytes"),
-        "grace_ms": _integer(0, GRACE_MS_MAX, "milliseconds"),
-        "reconnect_min_ms": _integer(*RECONNECT_MS_RANGE, "milliseconds"),
-        "reconnect_max_ms": _integer(*RECONNECT_MS_RANGE, "milliseconds"),
     }
 )
 assert _KEYS.keys() | {"config_file"} == {f.name for f in fields(Settings)}
@@ -128,20 +121,50 @@ def load_settings(flags: Mapping[str, str | None], environ: Mapping[str, str]) -
     Raises:
         ConfigError: an unknown key, a wrong type, a relative path, a named file that is not there.
     """
+    return explain_settings(flags, environ)[0]
+
+
+def explain_settings(flags: Mapping[str, str | None], environ: Mapping[str, str]) -> tuple[Settings, Mapping[str, str]]:
+    """As `load_settings`, and where each value came from: a flag, a variable, the file's path, or `default`."""
     given = {key: value for key, value in flags.items() if value is not None}
     ours = {key.removeprefix(PREFIX).lower(): value for key, value in environ.items() if key.startswith(PREFIX)}
     variables = {key: value for key, value in ours.items() if not key.startswith(_CONTROL)}
     file, required = _config_file(given, variables, environ)
     found: dict[str, Any] = {}
-    found.update(_from_file(file, environ, required=required))
-    found.update(_from_texts(ENVIRONMENT_PLACE, variables, environ, _ELSEWHERE, lambda key: PREFIX + key.upper()))
-    found.update(_from_texts(FLAGS_PLACE, given, environ, frozenset({"config"}), _flag_name))
+    sources: dict[str, str] = {}
+    for source, read in (
+        (lambda _key: str(file), _from_file(file, environ, required=required)),
+        (_variable_name, _from_texts(ENVIRONMENT_PLACE, variables, environ, _ELSEWHERE, _variable_name)),
+        (_flag_name, _from_texts(FLAGS_PLACE, given, environ, frozenset({"config"}), _flag_name)),
+    ):
+        for key, value in read:
+            found[key], sources[key] = value, source(key)
     settings = Settings(**{**_defaults(found, file, variables, environ), **found})
-    if settings.reconnect_min_ms > settings.reconnect_max_ms:
-        raise ConfigError(str(file), "reconnect_min_ms", "no more than reconnect_max_ms")
     if settings.segment_bytes > settings.spool_bytes:
         raise ConfigError(str(file), "segment_bytes", "no more than spool_bytes")
-    return settings
+    return settings, {**_default_sources(sources, given, variables, environ), **sources}
+
+
+def _default_sources(
+    sources: Mapping[str, str], given: Mapping[str, str], variables: Mapping[str, str], environ: Mapping[str, str]
+) -> dict[str, str]:
+    """What moved the places that nobody named; some follow another setting."""
+
+    def moved_by(variable: str) -> str:
+        return variable if environ.get(variable) and not _is_system(variables) else DEFAULT_PLACE
+
+    known = dict.fromkeys(_KEYS, DEFAULT_PLACE)
+    named = _flag_name("config") if "config" in given else _variable_name("config") if "config" in variables else ""
+    known["config_file"] = known["policy_file"] = named or moved_by("XDG_CONFIG_HOME")
+    known["state_dir"] = moved_by("XDG_STATE_HOME")
+    runtime = moved_by("XDG_RUNTIME_DIR")
+    followed = sources.get("state_dir", known["state_dir"])
+    known["runtime_dir"] = followed if runtime == DEFAULT_PLACE and not _is_system(variables) else runtime
+    return known
+
+
+def _variable_name(key: str) -> str:
+    return PREFIX + key.upper()
 
 
 def _flag_name(key: str) -> str:
@@ -186,7 +209,7 @@ def _defaults(
 
 def _user_runtime(state_dir: Path, environ: Mapping[str, str]) -> Path:
     # Without a login session (containers, cron) there is no runtime directory; the state directory is as private.
-    if "XDG_RUNTIME_DIR" not in environ:
+    if not environ.get("XDG_RUNTIME_DIR"):
         return state_dir / "run"
     return _xdg("XDG_RUNTIME_DIR", "", environ) / "runner"
 

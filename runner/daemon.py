@@ -9,7 +9,6 @@ import signal
 import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from importlib.metadata import version
 from typing import Final
 
 import anyio
@@ -17,6 +16,7 @@ import structlog
 
 from protocol.execution import AttemptState
 from protocol.handshake import Standing
+from protocol.version import VERSION
 from runner.adapters.attemptdir import ShimSettings
 from runner.adapters.attemptfiles import attempt_directories
 from runner.adapters.control import serve_control
@@ -25,21 +25,22 @@ from runner.adapters.journal import SqliteJournal
 from runner.adapters.keystore import Identity, Keystore
 from runner.adapters.policyfile import load_policy
 from runner.adapters.shims import ShimAdapter
-from runner.adapters.system import StateLock, SystemClock, raise_fd_limit, sd_notify
+from runner.adapters.succession import IDENTITY, JOURNAL, carry_through
+from runner.adapters.system import StateLock, SystemClock, make_private, raise_fd_limit, sd_notify
 from runner.adapters.tools import ShimTools
 from runner.adapters.uplink import Uplink, read_ack
 from runner.adapters.worktrees import GitWorktrees
 from runner.config import Settings
 from runner.core.engine import Engine, EngineIdentity
 from runner.core.environment import inherited
+from runner.core.inputs import SessionDown
 from runner.core.policy import Policy
 from runner.desk import Desk
-from runner.errors import JournalBroken
+from runner.errors import JournalBroken, ungrouped
 from runner.hands import DaemonHands
 from runner.link import Link
-from runner.pump import Pump
+from runner.pump import Footing, Pump
 
-DISTRIBUTION: Final = "local-runner"
 PRIVATE_UMASK: Final = 0o077
 HOUSEKEEPING_S: Final = 3600.0
 """Pruning is for weeks-old things: once an hour is plenty, and wakes an idle laptop rarely."""
@@ -51,15 +52,16 @@ async def run_daemon(settings: Settings, *, ready: Callable[[], None] | None = N
     """Run until SIGTERM or SIGINT; returns the exit code.
 
     Raises:
-        AnotherDaemon, NotEnrolled, ConfigError: before anything was touched.
+        AnotherDaemon, NotEnrolled, ConfigError: before anything was admitted.
     """
     umask = os.umask(PRIVATE_UMASK)
     for directory in (settings.state_dir, settings.runtime_dir):
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(directory)
     log = structlog.get_logger()
     status = 0
     try:
-        with StateLock(settings.state_dir / "runner.lock"):
+        with ungrouped(), StateLock(settings.state_dir / "runner.lock"):
+            carry_through(settings.state_dir)
             daemon = Daemon(settings, umask)
             await daemon.run(ready or (lambda: None))
     except* JournalBroken as broken:
@@ -76,7 +78,7 @@ class Daemon:
         self._umask = umask
         self._clock = SystemClock()
         self._log = structlog.get_logger()
-        self._keystore = Keystore(settings.state_dir / "identity")
+        self._keystore = Keystore(settings.state_dir / IDENTITY)
         self._identity: Identity = self._keystore.load()
         self._policy: Policy = self._read_policy()
 
@@ -84,19 +86,19 @@ class Daemon:
         """Come up, pump, go."""
         raise_fd_limit()
         async with AsyncExitStack() as stack:
-            journal = await stack.enter_async_context(SqliteJournal(self._settings.state_dir / "journal.db"))
+            journal = await stack.enter_async_context(SqliteJournal(self._settings.state_dir / JOURNAL))
             image = await journal.load()
             engine = Engine(self._engine_identity(), self._policy, inherited(os.environ), image)
             shims = self._shims()
             stack.callback(shims.close)
             shims.start()
-            uplink = Uplink(wake=lambda: link.wake(), arm=shims.arm)
+            uplink = Uplink(wake=lambda: link.wake(), arm=shims.arm, failed=self._complain_of_log)
             stack.callback(uplink.close)
             shims.on_growth = uplink.grew
             link = Link(
                 url=self._identity.url,
                 proxy=self._settings.proxy,
-                standing=lambda: self._standing(engine),
+                standing=lambda: self._standing(engine, pump.footing),
                 journal=journal,
                 clock=self._clock,
                 uplink=uplink,
@@ -118,7 +120,7 @@ class Daemon:
                 pump = Pump(engine, journal, self._clock, hands)
                 await self._recover(engine, pump, shims, uplink)
                 desk = Desk(
-                    version=version(DISTRIBUTION),
+                    version=VERSION,
                     name=self._identity.certificate.value.name,
                     engine=engine,
                     shims=shims,
@@ -136,8 +138,9 @@ class Daemon:
                 sd_notify("READY=1")
                 ready()
                 await _until_told_to_stop()
-                sd_notify("STOPPING=1")
                 tasks.cancel_scope.cancel()
+            # What was answered since the last commit is remembered, so that a clean end owes nobody anything.
+            await pump.perform(engine.step(SessionDown(), self._clock.now()))
         self._log.info("daemon.stopped", pid=os.getpid())
 
     # --- parts --------------------------------------------------------------------------------------------------
@@ -185,18 +188,18 @@ class Daemon:
             clock=self._clock,
         )
 
-    def _standing(self, engine: Engine) -> Standing:
+    def _standing(self, engine: Engine, footing: Footing) -> Standing:
         """What the runner brings to a handshake, as of now."""
         return Standing(
             key=self._identity.key,
-            certificate=engine.certificate,
+            certificate=footing.certificate,
             root=self._identity.root,
             keyset=engine.keyset,
-            ctl=engine.ledger.ctl,
-            out_head=engine.statements.out_head,
+            ctl=footing.ctl,
+            out_head=footing.out_head,
             boot_id=self._clock.boot_id,
             policy_digest=engine.policy.digest,
-            version=version(DISTRIBUTION),
+            version=VERSION,
             platform=platform.platform()[:200],
             hostname=socket.gethostname()[:200],
             attempts=engine.attempts.living,
@@ -214,6 +217,9 @@ class Daemon:
                 uplink.track(directory.name, directory, finished=True)
         await pump.perform(effects)
         self._log.info("recovery.finished", found=len(found), living=engine.attempts.living)
+
+    def _complain_of_log(self, attempt: str, fault: str) -> None:
+        self._log.warning("log.failed", attempt=attempt, detail=fault)
 
     def _complain_of_trash(self, fault: str) -> None:
         self._log.warning("worktree.failed", detail=fault)
@@ -233,4 +239,5 @@ async def _until_told_to_stop() -> None:
         async for _number in signals:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+            sd_notify("STOPPING=1")
             return

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from protocol.errors import Reason
 from protocol.execution import AttemptState
-from runner.adapters.attemptfiles import read_attempt
+from runner.adapters.attemptfiles import AttemptFiles, read_attempt, written_end
 from runner.adapters.control import ControlCall
 from runner.adapters.exitrecord import parse_exit
 from runner.adapters.shims import ShimAdapter
@@ -14,6 +14,7 @@ from runner.adapters.uplink import Uplink, read_ack
 from runner.core.engine import Engine
 from runner.core.inputs import Input, OwnerStop
 from runner.core.journaling import AttemptRow
+from runner.core.plans import Phase
 from runner.errors import Refused
 from runner.link import Link
 from runner.ports import Clock
@@ -64,6 +65,7 @@ class Desk:
         offset = engine.plane_offset_ms
         return {
             "pid": os.getpid(),
+            "state_dir": str(self._shims.settings.state_dir),
             "fork_server_pid": self._shims.server_pid,
             "uptime_s": (now.boot_ms - self._started_ms) // 1000,
             "version": self._version,
@@ -103,7 +105,7 @@ class Desk:
             "attempt": name,
             "execution_id": row.attempt.execution_id,
             "start_token": row.attempt.start_token,
-            "state": row.state.value,
+            "state": _shown_state(row, seen),
             "argv": list(seen.argv[:8]),
             "cwd": seen.cwd,
             "pid": pid or seen.child_pid,
@@ -111,7 +113,7 @@ class Desk:
             "ended_ms": None if record is None else record.ended_ms,
             "verdict": None if record is None else record.verdict,
             "exit_status": _status(record.code, record.signal) if record is not None else None,
-            "log_end": None if record is None else record.log_end,
+            "log_end": written_end(directory) if record is None else record.log_end,
             "acked": self._uplink.acked(name) or read_ack(directory),
             "lease": None
             if lease is None
@@ -138,6 +140,12 @@ class Desk:
             self._put(OwnerStop(newest.attempt.execution_id, grace_ms, f"owner:{call.uid}"))
         state = "ended" if newest.state is AttemptState.SETTLED else "stopping"
         return {"attempt": newest.attempt.name, "state": state}
+
+
+def _shown_state(row: AttemptRow, seen: AttemptFiles) -> str:
+    # That it was let go is not journaled: after a restart only the shim's files say that it runs.
+    runs = row.state is AttemptState.PREPARED and seen.phase in (Phase.RELEASED, Phase.RUNNING)
+    return AttemptState.RUNNING.value if runs else row.state.value
 
 
 def _status(code: int | None, signal: int | None) -> int | None:

@@ -1,5 +1,8 @@
 """Operating errors of the runner, by whose doing it was. Adapters map foreign exceptions to these at the edge."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from protocol.errors import Reason
 
 
@@ -39,8 +42,21 @@ class NotEnrolled(Exception):
 
 
 class AnotherDaemon(Exception):
-    """The state directory is held by another daemon; `pid` is its process id where it could be read."""
+    """Another daemon has `place`, the state directory or the control socket; `pid` is its process id where it could be read."""
 
-    def __init__(self, pid: int | None) -> None:
+    def __init__(self, pid: int | None, place: str = "the state directory") -> None:
         self.pid = pid
-        super().__init__(f"another daemon holds the state directory (pid {pid or 'unknown'})")
+        self.place = place
+        super().__init__(f"another daemon (pid {pid or 'unknown'}) holds {place}")
+
+
+@contextmanager
+def ungrouped() -> Iterator[None]:
+    """Let a lone exception out of the groups that task groups put it in, so that callers can catch what is documented."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        lone: BaseException = group
+        while isinstance(lone, BaseExceptionGroup) and len(lone.exceptions) == 1:
+            lone = lone.exceptions[0]
+        raise lone from lone.__cause__

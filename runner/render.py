@@ -48,7 +48,10 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         # Text objects, so that nothing in a cell is taken for markup.
         table.add_row(*(Text(visible(cell), style=COLOURS.get(cell, "")) for cell in row))
-    console.print(table)
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().removesuffix("\n").split("\n"):
+        click.echo(line.rstrip())
 
 
 def complain(message: str, following: str = "") -> None:

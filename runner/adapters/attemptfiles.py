@@ -15,11 +15,13 @@ from protocol.errors import Reason
 from runner.errors import Refused
 
 ATTEMPTS_DIR: Final = "x"
+LOG_DIR: Final = "log"
 FORMAT: Final = 1
 SPEC_BYTES_MAX: Final = 256 * 1024
 FILE_BYTES_MAX: Final = 64 * 1024
 """Both are bounds of the file format (docs/shim.md §1): a longer file is none of ours."""
 _NAME: Final = re.compile(r"(?P<execution>[A-Za-z0-9_-]{1,64})\.(?P<token>[1-9][0-9]{0,15})")
+_SEGMENT: Final = re.compile(r"[0-9a-f]{16}\.seg")
 _GIT_PREFIX: Final = "g-"
 
 
@@ -85,6 +87,15 @@ def read_attempt(directory: Path) -> AttemptFiles:
         child_pid=_count(child.get("pid")) if isinstance(child, dict) else None,
         started_ms=started_ns // 1_000_000 if isinstance(started_ns, int) else None,
     )
+
+
+def written_end(directory: Path) -> int | None:
+    """The offset at which the log of an attempt ends now, as its files say; None where there is none."""
+    try:
+        last = max(name for name in os.listdir(directory / LOG_DIR) if _SEGMENT.fullmatch(name))
+        return int(last[:16], 16) + (directory / LOG_DIR / last).stat().st_size
+    except (OSError, ValueError):
+        return None
 
 
 def is_alive(directory: Path) -> bool:

@@ -99,7 +99,7 @@ def _refuse_where_answered(path: Path) -> None:
             probe.connect(name)
         except OSError:
             return
-        raise AnotherDaemon(peer_of(probe)[0])
+        raise AnotherDaemon(peer_of(probe)[0], str(path))
 
 
 def _unlink_own(path: Path, inode: int) -> None:

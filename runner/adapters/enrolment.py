@@ -77,7 +77,6 @@ async def enroll(
     labels: Mapping[str, str],
     facts: MachineFacts,
     proxy: str | None,
-    replace: bool = False,
 ) -> Certificate:
     """Enrol this machine under `name` and persist what came of it.
 
@@ -88,16 +87,13 @@ async def enroll(
         labels: free text by key, for the plane's choice of a runner.
         facts: of this machine.
         proxy: URL to dial through; None dials directly, whatever the environment says.
-        replace: give up the enrolment there is.
 
     Raises:
-        Refused: already enrolled, or the plane said no: `reason` and a sentence for a person.
+        Refused: the plane said no: `reason` and a sentence for a person.
         PlaneUnreachable: no answer in time, or the connection was lost.
         Broken: the plane cannot prove that it is the one of the join string. Nothing was written but the keys.
         ConfigError: the name, the labels or the key files are not what they must be.
     """
-    if keystore.enrolled and not replace:
-        raise Refused(Reason.PRECONDITION_FAILED, "this runner is enrolled already; say so explicitly to replace it")
     claims_of = _claims(join, name, labels, facts)
     key, seal_seed = keystore.create_keys()
     claims = claims_of.model_copy(update={"x": key.public.x, "seal_x": recipient_of(seal_seed)})

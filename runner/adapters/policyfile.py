@@ -211,7 +211,7 @@ def _quoted(text: str) -> str:
 
 _TEMPLATE: Final = """\
 # What may be asked of this machine, whatever is signed. Everything that is not named here is denied; a mistake in this
-# file denies everything. The runner reads it at start and on SIGHUP; no command can change it.
+# file denies everything. The runner reads it when it starts; no command can change it.
 version = 1
 
 [commands]

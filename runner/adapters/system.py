@@ -11,10 +11,13 @@ from types import TracebackType
 from typing import Final, Self
 
 from runner.core.inputs import Now
-from runner.errors import AnotherDaemon
+from runner.errors import AnotherDaemon, ConfigError
 
 BOOT_ID_FILE: Final = Path("/proc/sys/kernel/random/boot_id")
 PID_BYTES_MAX: Final = 32
+LOCK_TRIES: Final = 5
+LOCK_PAUSE_S: Final = 0.02
+"""`runner doctor` holds the lock for microseconds to see whether it is held: that is no other daemon."""
 _STAT_BYTES_MAX: Final = 4096
 """/proc/PID/stat has about 350 bytes."""
 _START_FIELD: Final = 22
@@ -68,17 +71,20 @@ class StateLock:
         self._fd: int | None = None
 
     def acquire(self) -> None:
-        """Take it, or raise AnotherDaemon (OSError when the file cannot be made)."""
+        """Take it, or raise AnotherDaemon (ConfigError when the file cannot be made)."""
         assert self._fd is None, "a lock is taken once"
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, _LOCK_MODE)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, _LOCK_MODE)
+        except OSError as exc:
+            raise ConfigError(str(self._path), "", f"a file that can be written ({exc.strerror})") from exc
+        try:
+            _lock(fd)
             os.ftruncate(fd, 0)
             os.pwrite(fd, b"%d\n" % os.getpid(), 0)
         except BlockingIOError:
             holder = _pid(os.pread(fd, PID_BYTES_MAX, 0))
             os.close(fd)
-            raise AnotherDaemon(holder) from None
+            raise AnotherDaemon(holder, str(self._path.parent)) from None
         except BaseException:
             os.close(fd)
             raise
@@ -100,9 +106,27 @@ class StateLock:
         self.release()
 
 
+def _lock(fd: int) -> None:
+    """Take it. Raises BlockingIOError when somebody holds it for longer than a look takes."""
+    for _ in range(LOCK_TRIES - 1):
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(LOCK_PAUSE_S)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _pid(content: bytes) -> int | None:
     text = content.strip()
     return int(text) if text.isdigit() else None
+
+
+def make_private(directory: Path) -> None:
+    """Make a directory that is its owner's alone, unless it is there. Raises ConfigError where none can be."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError(str(directory), "", f"a directory that can be made ({exc.strerror})") from exc
 
 
 def raise_fd_limit() -> int:

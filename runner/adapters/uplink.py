@@ -39,14 +39,19 @@ class _Channel:
     """The plane was told so, on this connection."""
     idle: bool = False
     """Read to the end; a bell will tell of more."""
+    failed: bool = False
+    """It could not be read from where the plane wants it; the next `resume` tries again."""
 
 
 class Uplink:
-    """All channels of this daemon. `wake` is called when there may be something to send."""
+    """All channels of this daemon. `wake` is called when there may be something to send, `failed` with a log that cannot be read."""
 
-    def __init__(self, wake: Callable[[], None], arm: Callable[[str, int], None]) -> None:
+    def __init__(
+        self, wake: Callable[[], None], arm: Callable[[str, int], None], failed: Callable[[str, str], None]
+    ) -> None:
         self._wake = wake
         self._arm = arm
+        self._failed = failed
         self._channels: dict[str, _Channel] = {}
         self._numbers: dict[int, _Channel] = {}
         self._turn: list[_Channel] = []
@@ -122,6 +127,7 @@ class Uplink:
             channel.cursor = message.offset
             channel.credit = message.credit
             channel.closed = False
+            channel.failed = False
         elif channel.cursor is None or message.offset > channel.cursor:
             raise RemoteError(Reason.BAD_FRAME, "an ack for what was never sent")
         else:
@@ -140,11 +146,7 @@ class Uplink:
             yield self._control.pop(0)
 
     def next_frame(self) -> bytes | None:
-        """One data frame of the channel whose turn it is, or None when nothing can be sent now.
-
-        Raises:
-            Broken: the spool of an attempt is damaged or the disk failed.
-        """
+        """One data frame of the channel whose turn it is, or None when nothing can be sent now."""
         while self._turn and not self._control:
             channel = self._turn.pop(0)
             frame = self._read(channel)
@@ -161,11 +163,24 @@ class Uplink:
     # --- one channel --------------------------------------------------------------------------------------------
 
     def _open(self, channel: _Channel) -> None:
-        self._control.append(LogOpen(channel=channel.number, attempt=channel.name, first=channel.reader.first()))
+        try:
+            first = channel.reader.first()
+        except OSError as exc:
+            self._fail(channel, exc)
+            return
+        self._control.append(LogOpen(channel=channel.number, attempt=channel.name, first=first))
         self._wake()
 
+    def _fail(self, channel: _Channel, fault: OSError | RemoteError) -> None:
+        """One log that cannot be read must cost neither the daemon nor the other logs.
+
+        The plane may have asked from within a record, a program of the same user may have written into its own log, the disk may lie.
+        """
+        channel.failed = True
+        self._failed(channel.name, fault.detail if isinstance(fault, RemoteError) else fault.strerror or "unknown")
+
     def _schedule(self, channel: _Channel) -> None:
-        if self._connected and channel.cursor is not None and channel not in self._turn:
+        if self._connected and channel.cursor is not None and not channel.failed and channel not in self._turn:
             self._turn.append(channel)
             self._wake()
 
@@ -175,7 +190,8 @@ class Uplink:
         try:
             found = channel.reader.read(channel.cursor, DATA_SLICE_BYTES_MAX)
         except (OSError, RemoteError) as exc:
-            raise Broken(Reason.INFRA, f"the log of {channel.name} cannot be read") from exc
+            self._fail(channel, exc)
+            return None
         if found is None:
             self._at_end(channel)
             return None

@@ -6,6 +6,8 @@ import click
 
 from protocol.text import show_age, show_size
 from runner.adapters.control_client import ControlUnavailable, call_control
+from runner.adapters.wallclock import wall_ms
+from runner.errors import Refused
 from runner.render import complain, print_json, print_table, shell_words
 from runner.verbs.options import CALL_TIMEOUT_S, DURATION, ExitCode, as_json, settings_of, socket_of
 
@@ -32,15 +34,13 @@ def ps(ctx: click.Context, everything: bool, as_json: bool) -> None:
     try:
         said = call_control(socket_of(settings), "ps", {"all": everything}, CALL_TIMEOUT_S)
     except ControlUnavailable:
-        said = {"attempts": _from_files(settings, everything=everything)}
+        said = {"attempts": _from_files(settings, everything=everything), "omitted": 0}
         if not as_json:
             complain("the daemon is not running; this is what the files say", "runner start")
     if as_json:
         print_json(said)
     else:
-        from runner.adapters.system import SystemClock
-
-        now_ms = SystemClock().now().wall_ms
+        now_ms = wall_ms()
         print_table(
             ("ATTEMPT", "STATE", "PID", "AGE", "ENDED", "LOG", "COMMAND"),
             [_row(one, now_ms) for one in said["attempts"]],
@@ -71,6 +71,8 @@ def _from_files(settings: "Settings", *, everything: bool) -> list[dict[str, Any
 
 
 def _told(files: "AttemptFiles") -> dict[str, Any]:
+    from runner.adapters.attemptfiles import written_end
+
     execution_id, _dot, token = files.name.rpartition(".")
     ended = files.exit or {}
     log = ended.get("log")
@@ -87,7 +89,7 @@ def _told(files: "AttemptFiles") -> dict[str, Any]:
         "ended_ms": ended_ns // 1_000_000 if isinstance(ended_ns, int) else None,
         "verdict": ended.get("verdict"),
         "exit_status": shell_status(ended) if ended else None,
-        "log_end": log.get("end") if isinstance(log, dict) else None,
+        "log_end": log.get("end") if isinstance(log, dict) else written_end(files.directory),
         "acked": None,
         "lease": None,
     }
@@ -111,18 +113,22 @@ def shell_status(ended: dict[str, Any]) -> int:
 @as_json
 @click.pass_context
 def stop(ctx: click.Context, execution_id: str, grace: int | None, as_json: bool) -> None:
-    """Stop an execution: TERM to all of its processes, then KILL. The control plane is told that it was stopped here.
+    """Stop an execution: TERM to all of its processes, then KILL. The control plane is told that it was stopped here,
+    once it can be. The stop is ordered when this returns; `runner logs -f` shows the end.
 
     \b
     Examples:
       runner stop ex_01jx
       runner stop ex_01jx --grace 500ms
     """
+    settings = settings_of(ctx)
     args = {"execution_id": execution_id, "grace_ms": grace}
     try:
-        said = call_control(socket_of(settings_of(ctx)), "stop", args, CALL_TIMEOUT_S)
+        said = call_control(socket_of(settings), "stop", args, CALL_TIMEOUT_S)
     except ControlUnavailable as exc:
-        complain(f"{exc.detail}; only the daemon can stop an execution", "runner start")
+        said = _without_daemon(ctx, settings, execution_id, exc)
+    except Refused as exc:
+        complain(str(exc), "runner ps --all")
         ctx.exit(ExitCode.INTERNAL)
     if as_json:
         print_json(said)
@@ -130,3 +136,20 @@ def stop(ctx: click.Context, execution_id: str, grace: int | None, as_json: bool
         click.echo(f"{said.get('attempt')} {said.get('state')}")
         if said.get("state") != "ended":
             click.echo(f"next: runner logs -f {said.get('attempt')}", err=True)
+
+
+def _without_daemon(
+    ctx: click.Context, settings: "Settings", execution_id: str, exc: ControlUnavailable
+) -> dict[str, Any]:
+    """What the files say of an attempt that has ended; one that lives needs the daemon, and that is the end here."""
+    from runner.adapters.attemptfiles import find_attempt, read_attempt
+
+    try:
+        files = read_attempt(find_attempt(settings.state_dir, execution_id))
+    except Refused as refused:
+        complain(str(refused), "runner ps --all")
+        ctx.exit(ExitCode.INTERNAL)
+    if files.exit is None:
+        complain(f"{files.name} is {files.state}, and only the daemon can stop it: {exc.detail}", "runner start")
+        ctx.exit(ExitCode.INTERNAL)
+    return {"attempt": files.name, "state": "ended"}

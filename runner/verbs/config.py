@@ -1,13 +1,14 @@
-"""`runner config show`: the settings that count."""
+"""`runner config show`: the settings that count, and where each came from."""
 
+import os
 from dataclasses import asdict
 
 import click
 
-from runner.verbs.options import as_json, settings_of
+from runner.verbs.options import as_json
 
 
-@click.group()
+@click.group(short_help="Show the settings that count.")
 def config() -> None:
     """Show the settings.
 
@@ -17,27 +18,32 @@ def config() -> None:
     """
 
 
-@config.command()
+@config.command(short_help="Print every setting and where it came from.")
 @as_json
 @click.pass_context
 def show(ctx: click.Context, as_json: bool) -> None:
-    """Print the effective settings: flags, then LOCAL_RUNNER_* variables, then the file, then defaults.
+    """Print every setting, its value and where that came from.
+
+    Flags win over LOCAL_RUNNER_* variables, these over the settings file, the file over defaults. A proxy is shown as
+    ***, since it may hold a password. The daemon reads its settings when it starts.
 
     \b
     Examples:
       runner config show
       LOCAL_RUNNER_LOG_LEVEL=debug runner config show --json
     """
-    from runner.render import print_facts, print_json
+    from runner.config import explain_settings
+    from runner.render import print_json, print_table
 
-    settings = settings_of(ctx)
+    settings, sources = explain_settings(ctx.obj, os.environ)
     found = {
         name: value if isinstance(value, int) or value is None else str(value)
         for name, value in asdict(settings).items()
     }
     if settings.proxy is not None:
-        found["proxy"] = "***"  # it may hold a password
+        found["proxy"] = "***"
     if as_json:
-        print_json(found)
+        print_json({"settings": {name: {"value": value, "source": sources[name]} for name, value in found.items()}})
     else:
-        print_facts([(name, "(none)" if value is None else str(value)) for name, value in found.items()])
+        rows = [(name, "(none)" if value is None else str(value), sources[name]) for name, value in found.items()]
+        print_table(("SETTING", "VALUE", "SOURCE"), rows)

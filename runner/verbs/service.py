@@ -3,13 +3,21 @@
 import getpass
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from runner.config import DEFAULT_PLACE, PREFIX
 from runner.render import complain, print_facts, print_json
 from runner.verbs.options import ExitCode, as_json
+
+if TYPE_CHECKING:
+    from runner.config import Settings
+
+_KNOWN_TO_SYSTEMD: Final = frozenset({DEFAULT_PLACE, "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME"})
+"""The manager of a user sets the first variable itself, and by the second it finds its units, this one among them."""
 
 _user = click.option(
     "--user", "user", is_flag=True, required=True, help="As a service of this user; there is no other kind."
@@ -27,25 +35,27 @@ def service() -> None:
     """
 
 
-@service.command()
+@service.command(short_help="Write the unit; --now: enable and start it.")
 @_user
 @click.option("--now", is_flag=True, help="Also enable and start it.")
 @click.pass_context
 def install(ctx: click.Context, user: bool, now: bool) -> None:
     """Write the unit to ~/.config/systemd/user/runner.service; with --now enable and start it.
 
-    --config, --state-dir and --runtime-dir of this very call are kept in the unit. Calling it again changes nothing,
-    or brings the unit up to date.
+    Places that this very call was given (settings file, state and runtime directory), by flags or by the environment,
+    are kept in the unit. Calling it again changes nothing, or brings the unit up to date.
 
     \b
     Examples:
       runner service install --user --now
       runner --state-dir /data/runner service install --user
     """
+    from runner.config import explain_settings
     from runner.service import UNIT, lingers, systemctl, unit_path, unit_text, write_unit
 
     path = unit_path(os.environ)
-    written = write_unit(path, unit_text([*program(), *_kept_flags(ctx.obj), "start"]))
+    settings, sources = explain_settings(ctx.obj, os.environ)
+    written = write_unit(path, unit_text([*program(), *_kept_flags(settings, sources), "start"]))
     click.echo(f"{path} {'written' if written else 'is up to date'}")
     if not _manager(ctx, needed=now):
         return
@@ -75,19 +85,23 @@ def uninstall(ctx: click.Context, user: bool, now: bool) -> None:
     Example:
       runner service uninstall --user --now
     """
-    from runner.service import UNIT, systemctl, unit_path
+    from runner.service import UNIT, manager_answers, systemctl, unit_path
 
     path = unit_path(os.environ)
     if not path.exists():
         click.echo(f"{path} is not there")
         return
-    answers = _manager(ctx, needed=False)
-    if answers:
+    told = manager_answers()
+    if told.ok:
         systemctl("disable", *(["--now"] if now else []), UNIT)
     path.unlink()
-    if answers:
+    if told.ok:
         systemctl("daemon-reload")
     click.echo(f"{path} removed")
+    if not told.ok:
+        complain(
+            f"no service manager of this user answers, so a daemon that runs was not told: {told.text}", "runner status"
+        )
 
 
 @service.command()
@@ -127,9 +141,17 @@ def program() -> list[str]:
     return [str(installed)] if os.access(installed, os.X_OK) else [sys.executable, "-m", "runner.cli"]
 
 
-def _kept_flags(flags: dict[str, str | None]) -> list[str]:
-    kept = {name: flags[name] for name in ("config", "state_dir", "runtime_dir")}
-    return [word for name, value in kept.items() if value for word in (f"--{name.replace('_', '-')}", value)]
+def _kept_flags(settings: "Settings", sources: Mapping[str, str]) -> list[str]:
+    """Flags that lead the service to the places of this call; what else only this shell knows is said."""
+    kept = {"config_file": "--config", "state_dir": "--state-dir", "runtime_dir": "--runtime-dir"}
+    lost = [source for key, source in sources.items() if source.startswith(PREFIX) and key not in kept]
+    if lost:
+        complain(
+            f"{' '.join(sorted(lost))}: of this shell alone; the service reads {settings.config_file}",
+            f"${{EDITOR:-vi}} {settings.config_file}",
+        )
+    found = [(flag, str(getattr(settings, key))) for key, flag in kept.items() if sources[key] not in _KNOWN_TO_SYSTEMD]
+    return [word for pair in found for word in pair]
 
 
 def _manager(ctx: click.Context, *, needed: bool) -> bool:

@@ -2,7 +2,8 @@
 
 import click
 
-from runner.verbs.options import settings_of
+from runner.render import complain
+from runner.verbs.options import ExitCode, settings_of
 
 
 @click.command()
@@ -20,9 +21,14 @@ def start(ctx: click.Context) -> None:
     """
     import anyio
 
-    from runner.daemon import run_daemon
     from runner.logs import configure
 
     settings = settings_of(ctx)
     configure(settings.log_level, settings.log_format)
-    ctx.exit(anyio.run(run_daemon, settings))
+    # After the logs: they decide what is loaded with them.
+    from runner.daemon import run_daemon
+
+    status = anyio.run(run_daemon, settings)
+    if status != ExitCode.OK:
+        complain("the daemon has ended; the last lines of its log say why", "runner doctor")
+    ctx.exit(status)

@@ -1,6 +1,6 @@
 """`runner status`: is the daemon there, and what does it say of itself."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -11,6 +11,8 @@ from runner.verbs.options import CALL_TIMEOUT_S, ExitCode, as_json, settings_of,
 
 if TYPE_CHECKING:
     from runner.config import Settings
+
+_TITLES: Final = {"url": "control plane"}
 
 
 @click.command(short_help="Is the daemon there, and how is it connected.")
@@ -36,6 +38,9 @@ def status(ctx: click.Context, as_json: bool) -> None:
         print_json({"running": True, **said})
     else:
         print_facts(_facts(said))
+    if (theirs := said.get("state_dir", str(settings.state_dir))) != str(settings.state_dir):
+        # Two runners of one user must not share a socket directory, where only one of them can answer.
+        complain(f"this daemon is of {theirs}, not of {settings.state_dir}", "runner --runtime-dir PATH status")
 
 
 def _facts(said: dict[str, Any]) -> list[tuple[str, str]]:
@@ -82,7 +87,7 @@ def _tell_down(settings: "Settings", exc: ControlUnavailable, *, as_json: bool) 
         print_json({"running": False, "detail": exc.detail, "identity": identity, "attempts": living})
         return
     facts = [("daemon", f"not running ({exc.detail})")]
-    facts += [(name, value) for name, value in identity.items() if value is not None]
+    facts += [(_TITLES.get(name, name), value) for name, value in identity.items() if value is not None]
     facts.append(("attempts", f"{len(living)} living: {' '.join(living)}" if living else "none living"))
     print_facts(facts)
     complain("the daemon is not running", "runner start" if identity["runner"] else "runner enroll JOIN-STRING")
@@ -93,7 +98,7 @@ def _identity(settings: "Settings") -> dict[str, str | None]:
     from runner.adapters.keystore import Keystore
     from runner.errors import ConfigError, NotEnrolled
 
-    known: dict[str, str | None] = {"runner": None, "name": None, "org": None, "control plane": None, "problem": None}
+    known: dict[str, str | None] = {"runner": None, "name": None, "org": None, "url": None, "problem": None}
     try:
         identity = Keystore(settings.state_dir / "identity").load()
     except NotEnrolled:
@@ -102,5 +107,5 @@ def _identity(settings: "Settings") -> dict[str, str | None]:
         known["problem"] = str(exc)
     else:
         mine = identity.certificate.value
-        known |= {"runner": mine.runner, "name": mine.name, "org": mine.org, "control plane": identity.url}
+        known |= {"runner": mine.runner, "name": mine.name, "org": mine.org, "url": identity.url}
     return known

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -122,6 +123,17 @@ def test_status_of_a_running_daemon(run: Callable[..., Result], tmp_path: Path) 
     assert json.loads(machine.stdout) == {"running": True, **STATUS}
 
 
+def test_status_of_somebody_elses_daemon_says_so(run: Callable[..., Result], tmp_path: Path) -> None:
+    """Two runners of one user that share a socket directory."""
+
+    async def other(_call: ControlCall) -> dict[str, Any]:
+        return {**STATUS, "state_dir": "/other"}
+
+    with answering(tmp_path / "rt" / "control.sock", other):
+        done = run("status")
+    assert done.exit_code == 0 and f"of /other, not of {tmp_path / 'state'}" in done.stderr
+
+
 def test_status_without_a_daemon_tells_what_is_on_the_disk(run: Callable[..., Result], tmp_path: Path) -> None:
     """Exit status 1, the living attempts, and the next command."""
     living = AttemptDir(tmp_path / "state", "ex_1.1")
@@ -158,14 +170,52 @@ def test_ps_without_a_daemon_reads_the_files(run: Callable[..., Result], tmp_pat
 
 
 def test_stop_asks_the_daemon(run: Callable[..., Result], tmp_path: Path) -> None:
-    """With the grace in milliseconds; a refusal and a daemon that is down are errors that say what comes next."""
+    """With the grace in milliseconds; a refusal says what comes next."""
     with answering(tmp_path / "rt" / "control.sock"):
         assert "ex_1.1 stopping 2500" in run("stop", "ex_1", "--grace", "2s500ms").stdout
         refused = run("stop", "ex_2")
     assert refused.exit_code == 1 and "UNKNOWN_TARGET" in refused.stderr
-    down = run("stop", "ex_1")
-    assert down.exit_code == 1 and "next: runner start" in down.stderr
+    assert "next: runner ps --all" in refused.stderr
     assert run("stop", "ex_1", "--grace", "5").exit_code == 2
+
+
+def test_stop_without_a_daemon_tells_what_the_files_say(run: Callable[..., Result], tmp_path: Path) -> None:
+    """What lives needs the daemon; what has ended has ended; what is unknown is said to be."""
+    living = AttemptDir(tmp_path / "state", "ex_1.1")
+    AttemptDir(tmp_path / "state", "ex_2.1").finish()
+    with living.held():
+        down, over, unknown = run("stop", "ex_1"), run("stop", "ex_2", "--json"), run("stop", "ex_3")
+    assert down.exit_code == 1 and "ex_1.1 is running" in down.stderr and "next: runner start" in down.stderr
+    assert (over.exit_code, json.loads(over.stdout)) == (0, {"attempt": "ex_2.1", "state": "ended"})
+    assert unknown.exit_code == 1 and "UNKNOWN_TARGET" in unknown.stderr and "runner ps --all" in unknown.stderr
+
+
+HEAVY = ("anyio", "asyncio", "cryptography", "fastapi", "git", "httpx", "pydantic", "structlog", "websockets")
+
+
+@pytest.mark.parametrize(
+    "verb", [("status",), ("ps",), ("ps", "--all", "--json"), ("stop", "ex_1"), ("config", "show")]
+)
+def test_a_look_at_a_running_daemon_is_light(tmp_path: Path, verb: tuple[str, ...]) -> None:
+    """Nothing is imported that takes longer than the answer."""
+    script = (
+        "import atexit, sys; from runner.cli import main; sys.argv[0] = 'runner';"
+        f"atexit.register(lambda: print('HEAVY', *sorted(sys.modules.keys() & set({HEAVY!r})), file=sys.stderr)); main()"
+    )
+    environ = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "LOCAL_RUNNER_RUNTIME_DIR": str(tmp_path / "rt")}
+    with answering(tmp_path / "rt" / "control.sock"):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *verb], env=environ, capture_output=True, text=True, timeout=60
+        )
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "HEAVY")
+
+
+def test_tables_end_where_their_words_end(run: Callable[..., Result], tmp_path: Path) -> None:
+    """No blanks behind the last column, which a pipe would carry."""
+    AttemptDir(tmp_path / "state", "ex_1.1", argv=("make",)).finish()
+    AttemptDir(tmp_path / "state", "ex_2.1", argv=("make", "a long name")).finish()
+    lines = run("ps", "--all").stdout.splitlines()
+    assert len(lines) == 3 and [line for line in lines if line != line.rstrip()] == []
 
 
 def shell(tmp_path: Path, *args: str, **more: Any) -> "subprocess.Popen[bytes]":
@@ -268,15 +318,20 @@ def test_wrong_settings_are_a_configuration_error(run: Callable[..., Result], tm
     """Exit status 3, with the file and the key."""
     (tmp_path / "config.toml").write_text("colour = 1\n")
     done = run("--config", str(tmp_path / "config.toml"), "status")
-    assert done.exit_code == 3 and "config.toml: colour" in done.stderr and "next:" in done.stderr
+    assert done.exit_code == 3 and "config.toml: colour" in done.stderr
+    assert f"next: ${{EDITOR:-vi}} {tmp_path / 'config.toml'}" in done.stderr
+    assert "next: unset LOCAL_RUNNER_GIT" in run("status", env={"LOCAL_RUNNER_GIT": "./git"}).stderr
+    assert "next: runner --help" in run("--log-level", "loud", "status").stderr
 
 
 def test_config_show_prints_what_counts(run: Callable[..., Result], tmp_path: Path) -> None:
     """As text and as JSON; a relative path of a flag is of the caller's directory; a proxy's password is not shown."""
-    found = json.loads(run("--state-dir", "here", "config", "show", "--json").stdout)
-    assert found["state_dir"] == os.path.abspath("here") and found["proxy"] is None
+    found = json.loads(run("--state-dir", "here", "config", "show", "--json").stdout)["settings"]
+    assert found["state_dir"] == {"value": os.path.abspath("here"), "source": "--state-dir"}
+    assert found["proxy"] == {"value": None, "source": "default"}
     secret = run("config", "show", env={"LOCAL_RUNNER_PROXY": "http://ada:hunter2@proxy:1"})
     assert secret.exit_code == 0 and "hunter2" not in secret.stdout
+    assert re.search(r"^proxy +\*\*\* +LOCAL_RUNNER_PROXY$", secret.stdout, re.MULTILINE)
 
 
 def test_the_policy_is_written_once_and_shown(run: Callable[..., Result], tmp_path: Path) -> None:

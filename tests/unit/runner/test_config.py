@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runner.config import Settings, load_settings
+from runner.config import Settings, explain_settings, load_settings
 from runner.errors import ConfigError
 
 HOME = {"HOME": "/home/ada"}
@@ -52,12 +52,46 @@ def test_the_system_has_places_of_its_own() -> None:
 
 def test_flags_win_over_variables_over_the_file_over_defaults(tmp_path: Path) -> None:
     """One key from each source."""
-    file = written(tmp_path, 'log_level = "error"\ngit = "git-file"\nproxy = "http://file:1"\ngrace_ms = 5')
+    file = written(tmp_path, 'log_level = "error"\ngit = "git-file"\nproxy = "http://file:1"\nspool_bytes = 8388608')
     variables = {**HOME, "LOCAL_RUNNER_LOG_LEVEL": "warning", "LOCAL_RUNNER_GIT": "git-env"}
     found = load_settings({"config": file, "log_level": "debug", "git": None}, variables)
-    assert (found.log_level, found.git, found.proxy, found.grace_ms) == ("debug", "git-env", "http://file:1", 5)
-    assert found.spool_bytes == 1024**3
+    assert (found.log_level, found.git, found.proxy) == ("debug", "git-env", "http://file:1")
+    assert (found.spool_bytes, found.segment_bytes) == (8 * 1024**2, 8 * 1024**2)
     assert found.policy_file == tmp_path / "policy.toml"
+
+
+def test_every_value_tells_where_it_came_from(tmp_path: Path) -> None:
+    """A flag, a variable, the file, or a default; places that follow another setting tell that one's source."""
+    file = written(tmp_path, 'log_level = "error"\ngit = "git-file"')
+    variables = {**HOME, "LOCAL_RUNNER_LOG_LEVEL": "warning", "XDG_STATE_HOME": "/s"}
+    settings, sources = explain_settings({"config": file, "log_format": "json"}, variables)
+    assert sources == {
+        "config_file": "--config",
+        "policy_file": "--config",
+        "state_dir": "XDG_STATE_HOME",
+        "runtime_dir": "XDG_STATE_HOME",
+        "log_level": "LOCAL_RUNNER_LOG_LEVEL",
+        "log_format": "--log-format",
+        "git": file,
+        **dict.fromkeys(("proxy", "spool_bytes", "segment_bytes"), "default"),
+    }
+    assert settings == load_settings({"config": file, "log_format": "json"}, variables)
+    assert set(explain_settings({}, HOME)[1].values()) == {"default"}
+    moved = explain_settings({"state_dir": "/d"}, {**HOME, "LOCAL_RUNNER_CONFIG": file, "XDG_RUNTIME_DIR": "/r"})[1]
+    assert [moved[key] for key in ("config_file", "policy_file", "state_dir", "runtime_dir")] == [
+        "LOCAL_RUNNER_CONFIG",
+        "LOCAL_RUNNER_CONFIG",
+        "--state-dir",
+        "XDG_RUNTIME_DIR",
+    ]
+    system = explain_settings({}, {"LOCAL_RUNNER_SYSTEM": "1", "XDG_RUNTIME_DIR": "/r", "XDG_STATE_HOME": "/s"})[1]
+    assert set(system.values()) == {"default"}
+
+
+def test_an_empty_runtime_directory_is_none() -> None:
+    """The state directory is as private."""
+    found = load_settings({}, {**HOME, "XDG_RUNTIME_DIR": ""})
+    assert found.runtime_dir == Path("/home/ada/.local/state/runner/run")
 
 
 def test_an_empty_variable_takes_the_proxy_away(tmp_path: Path) -> None:
@@ -86,19 +120,18 @@ def test_home_may_be_written_short(tmp_path: Path) -> None:
         ('state_dir = "~ada/x"', "state_dir"),
         ("state_dir = 1", "state_dir"),
         ('log_level = "loud"', "log_level"),
-        ('grace_ms = "10"', "grace_ms"),
-        ("grace_ms = true", "grace_ms"),
-        ("grace_ms = -1", "grace_ms"),
-        ("grace_ms = 300001", "grace_ms"),
-        (f"grace_ms = 0x{'f' * 5000}", "grace_ms"),
+        ('spool_bytes = "10"', "spool_bytes"),
+        ("spool_bytes = true", "spool_bytes"),
+        ("spool_bytes = -1", "spool_bytes"),
+        ("spool_bytes = 4194303", "spool_bytes"),
+        (f"spool_bytes = 0x{'f' * 5000}", "spool_bytes"),
         ("spool_bytes = 1.5", "spool_bytes"),
         ('proxy = "ftp://x"', "proxy"),
         ('git = "./git"', "git"),
         ("color = true", "color"),
         ("[log]\nlevel = 'info'", "log"),
-        ("reconnect_min_ms = 50000", "reconnect_min_ms"),
         ("segment_bytes = 8388608\nspool_bytes = 4194304", "segment_bytes"),
-        ("grace_ms = ", ""),
+        ("spool_bytes = ", ""),
         (b"\xff", ""),
     ],
 )
@@ -118,7 +151,7 @@ def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str | bytes, key: 
         ({}, {"HOME": "ada"}, "environment", "HOME"),
         ({}, {**HOME, "XDG_STATE_HOME": "state"}, "environment", "XDG_STATE_HOME"),
         ({}, {**HOME, "LOCAL_RUNNER_LOGLEVEL": "info"}, "environment", "LOCAL_RUNNER_LOGLEVEL"),
-        ({}, {**HOME, "LOCAL_RUNNER_GRACE_MS": ""}, "environment", "LOCAL_RUNNER_GRACE_MS"),
+        ({}, {**HOME, "LOCAL_RUNNER_SPOOL_BYTES": ""}, "environment", "LOCAL_RUNNER_SPOOL_BYTES"),
         ({}, {**HOME, "LOCAL_RUNNER_SYSTEM": "yes"}, "environment", "LOCAL_RUNNER_SYSTEM"),
         ({"state_dir": "here"}, HOME, "flags", "--state-dir"),
         ({"colour": "red"}, HOME, "flags", "--colour"),

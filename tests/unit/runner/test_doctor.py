@@ -87,7 +87,7 @@ def test_a_daemon_that_holds_the_lock_and_says_nothing(scene: Scene) -> None:
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = checks.daemon(scene)
-    assert found.verdict is Verdict.FAIL and "pid 4711" in found.value
+    assert found.verdict is Verdict.FAIL and "pid 4711" in found.value and found.fix.startswith("kill -9 4711")
 
 
 def test_a_daemon_without_a_session(scene: Scene) -> None:
@@ -133,12 +133,17 @@ def test_a_policy_that_is_missing_or_wrong(scene: Scene) -> None:
     file.chmod(0o600)
     found = checks.policy(scene)
     assert found.verdict is Verdict.FAIL and "colour" in found.value and found.fix.endswith(str(file))
+    file.chmod(0o620)
+    assert checks.policy(scene).fix == f"chmod go-w {file}"
+    file.chmod(0o600)
+    file.write_text("version = 1\n")
+    assert checks.policy(scene).verdict is Verdict.WARN
 
 
 def test_a_journal_that_is_whole_and_one_that_is_not(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """Skipped before there is one; damaged; on a slow disk."""
     assert checks.journal(scene).verdict is Verdict.SKIP
-    path = scene.settings.state_dir / checks.JOURNAL_NAME
+    path = scene.settings.state_dir / checks.JOURNAL
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE t (x)")
         connection.executemany("INSERT INTO t VALUES (?)", [("y" * 500,)] * 100)
@@ -150,7 +155,7 @@ def test_a_journal_that_is_whole_and_one_that_is_not(scene: Scene, monkeypatch: 
     content[4096:12288] = b"\xa5" * 8192
     path.write_bytes(content)
     found = checks.journal(scene)
-    assert found.verdict is Verdict.FAIL and found.fix.startswith(f"mv {path}")
+    assert found.verdict is Verdict.FAIL and f"mv {path}* " in found.fix
 
 
 @contextmanager
@@ -175,6 +180,7 @@ def test_attempts_and_processes_that_nobody_looks_after(scene: Scene) -> None:
     with living.held(), carrying(f"rn_1:{living.name}") as good, carrying(f"rn_1:{ended.name}") as bad:
         found = checks.leftovers(scene)
     assert found.verdict is Verdict.WARN and f"{bad} (rn_1:{ended.name})" in found.value
+    assert found.fix == f"kill {bad}"
     assert str(good) not in found.value
     assert living.name in checks.leftovers(scene).value
 

@@ -113,18 +113,6 @@ async def test_a_second_try_uses_the_same_keys(store: Keystore) -> None:
     assert heard[0] == heard[1]
 
 
-async def test_an_enrolled_runner_is_replaced_only_when_asked(store: Keystore) -> None:
-    """Nothing is dialled and nothing is lost."""
-    async with plane(says_yes) as join:
-        await try_it(join, store)
-        before = store.load()
-        with pytest.raises(Refused, match="enrolled already"):
-            await try_it(join, store, name="other")
-        assert store.load().certificate.digest == before.certificate.digest
-        await try_it(join, store, name="other", replace=True)
-    assert store.load().certificate.value.name == "other"
-
-
 OTHER = PlaneKeys(2)
 
 
@@ -245,7 +233,7 @@ async def test_a_proxy_is_used_only_when_it_is_given(store: Keystore, monkeypatc
         async with await asyncio.start_server(deny, "127.0.0.1", 0) as proxy:
             url = f"http://127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
             with pytest.raises(PlaneUnreachable):
-                await try_it(join, store, proxy=url, replace=True)
+                await try_it(join, store, proxy=url)
     assert dialled.is_set()
 
 

@@ -29,8 +29,10 @@ class Machine:
         self.bin = tmp_path / "bin"
         self.bin.mkdir()
         self.calls.touch()
+        for name in [name for name in os.environ if name.startswith(("LOCAL_RUNNER_", "XDG_"))]:
+            monkeypatch.delenv(name)
         monkeypatch.setenv("HOME", str(self.home))
-        monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+        monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1")
         monkeypatch.setenv("CALLS", str(self.calls))
         monkeypatch.setenv("PATH", f"{self.bin}:{os.environ['PATH']}")
         self.unit = self.home / ".config" / "systemd" / "user" / "runner.service"
@@ -108,6 +110,21 @@ def test_installing_twice_changes_nothing(machine: Machine) -> None:
     assert "is up to date" in second.stdout
     assert [one.name for one in machine.unit.parent.iterdir()] == ["runner.service"]
     assert machine.told() == ["show-environment", "daemon-reload"] * 2
+
+
+def test_places_of_the_environment_are_kept(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service has another environment; what it cannot be told by flags is named."""
+    machine.with_systemd()
+    (machine.home / "c.toml").parent.mkdir(parents=True)
+    (machine.home / "c.toml").touch()
+    monkeypatch.setenv("LOCAL_RUNNER_CONFIG", str(machine.home / "c.toml"))
+    monkeypatch.setenv("XDG_STATE_HOME", "/s")
+    monkeypatch.setenv("LOCAL_RUNNER_PROXY", "http://ada:hunter2@proxy:1")
+    done = run("service", "install", "--user")
+    text = machine.unit.read_text()
+    assert settings_of_unit(text)["ExecStart"].endswith(f" --config {machine.home}/c.toml --state-dir /s/runner start")
+    assert "hunter2" not in text + done.output
+    assert "LOCAL_RUNNER_PROXY: of this shell alone" in done.stderr and f"vi}} {machine.home}/c.toml" in done.stderr
 
 
 def test_now_enables_and_starts_it(machine: Machine) -> None:

@@ -1,18 +1,29 @@
 """The machine's edge: clocks, process identities, the state lock, systemd's socket."""
 
+import fcntl
 import os
+import re
 import resource
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from runner.adapters.system import StateLock, SystemClock, process_start, raise_fd_limit, sd_notify
-from runner.errors import AnotherDaemon
+from runner.adapters.system import (
+    LOCK_PAUSE_S,
+    StateLock,
+    SystemClock,
+    make_private,
+    process_start,
+    raise_fd_limit,
+    sd_notify,
+)
+from runner.errors import AnotherDaemon, ConfigError
 
 
 def test_the_clock_reads_wall_time_and_boottime_in_milliseconds() -> None:
@@ -83,6 +94,26 @@ def test_a_lock_that_tells_no_pid_is_held_all_the_same(tmp_path: Path) -> None:
         with pytest.raises(AnotherDaemon) as caught:
             StateLock(path).acquire()
     assert caught.value.pid is None
+
+
+def test_a_look_at_the_lock_is_no_other_daemon(tmp_path: Path) -> None:
+    """Doctor probes it: whoever wants it waits for that moment."""
+    path = tmp_path / "runner.lock"
+    path.touch()
+    with path.open() as probe:
+        fcntl.flock(probe, fcntl.LOCK_SH)
+        timer = threading.Timer(LOCK_PAUSE_S * 1.5, lambda: fcntl.flock(probe, fcntl.LOCK_UN))
+        timer.start()
+        with StateLock(path):
+            timer.join()
+
+
+def test_a_place_that_cannot_be_had_is_named(tmp_path: Path) -> None:
+    """As a mistake of the settings, not as a traceback."""
+    (tmp_path / "file").touch()
+    for attempt in (lambda: make_private(tmp_path / "file" / "state"), StateLock(tmp_path / "file" / "lock").acquire):
+        with pytest.raises(ConfigError, match=re.escape(str(tmp_path / "file"))):
+            attempt()
 
 
 def test_the_soft_limit_of_files_is_lifted() -> None:
