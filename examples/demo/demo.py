@@ -1,93 +1,106 @@
 """`make demo`: the main job from nothing, with real processes, and everything that is promised checked on the way.
 
 DEMO_REPO=path uses another repository (it is cloned, never touched), DEMO_CMD='…' another command.
-Ends with 0 only when every promise held; leaves nothing running and nothing behind.
+Ends with 0 only when every promise held; leaves nothing running and nothing behind, also on ^C.
 """
 
 import asyncio
 import base64
-import hashlib
 import json
-import os
-import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from relay import Relay
-from stage import BIN, Failure, Stage, until
+from examples.demo.relay import Relay
+from examples.demo.stage import Failure, Stage, until
+from examples.demo.work import (
+    PROJECT,
+    RUNNER,
+    connect,
+    make_worktree,
+    newest,
+    remove_worktree,
+    run_through_a_crash,
+    traces,
+)
 
-PROJECT = Path(__file__).resolve().parents[2]
-RUNNER = "laptop"
-FAST_TESTS = f"{sys.executable} -m pytest -p no:cacheprovider --color=no -v -m 'not slow' tests/unit/protocol"
-COUNTING = "i=1; while [ $i -le 300 ]; do echo line $i of 300; i=$((i+1)); sleep 0.01; done; echo counted >&2"
 STUBBORN = (
     "trap '' TERM; (trap '' TERM; setsid sh -c 'trap \"\" TERM; while :; do sleep 1; done' &) ;"
     " echo ready; while :; do sleep 1; done"
 )
+TREE_SIZE = 3
 KILLED_EXEC_STATUS = 137
+INTERRUPTED_STATUS = 130
 FRAMES_S = 10.0
 """How long a frame through the relay may take to show its effect."""
 
 
 async def main() -> int:
-    """Tell the story; 1 when a promise did not hold."""
+    """Tell the story; 1 when a promise did not hold, 130 when it was interrupted."""
     stage = Stage()
+    telling = asyncio.ensure_future(story(stage))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, telling.cancel)
+    status = INTERRUPTED_STATUS
     try:
-        await story(stage)
-    except (Failure, TimeoutError) as failure:
-        stage.console.print(f"\n[bold red]It did not hold:[/] {failure}")
+        await telling
+        status = 0
+    except asyncio.CancelledError:
+        stage.console.print()
+        stage.say("Interrupted.", "bold red")
+    except Exception as failure:
+        status = 1
+        stage.console.print()
+        stage.say(f"It did not hold: {failure or type(failure).__name__}", "bold red")
         for name in ("daemon", "plane"):
-            stage.console.print(f"[dim]--- {name}.log[/]")
+            stage.say(f"--- the end of {name}.log", "dim")
             stage.console.out(stage.log_tail(name))
-        return 1
+        if not isinstance(failure, Failure | TimeoutError):
+            raise
     finally:
-        await stage.close()
-    stage.console.print(f"\n[bold green]All {stage.checks} promises held. Nothing is left running.[/]")
-    return 0
+        left = await stage.close()
+    if left or stage.home.exists():
+        stage.say(f"{len(left)} processes could not be ended, or {stage.home} not removed", "bold red")
+        return status or 1
+    if status == 0:
+        stage.console.print()
+        stage.say(f"All {stage.checks} promises held. Nothing is left running, nothing is left behind.", "bold green")
+    return status
 
 
 async def story(stage: Stage) -> None:
     """The parts in order."""
+    before = await asyncio.to_thread(traces)
     await begin(stage)
     async with Relay(f"ws://127.0.0.1:{stage.port}/v1/runner") as relay:
         await enrol(stage, relay)
         worktree = await make_worktree(stage)
         execution = await run_through_a_crash(stage, worktree)
-        await deliver_again(stage, relay)
+        await deliver_again(stage, relay, execution)
         await forge(stage, relay)
         await stop_the_stubborn(stage)
         await show_the_end(stage, execution)
-        await remove_worktree(stage, worktree)
+        await remove_worktree(stage, worktree, before)
         await finish(stage)
 
 
 async def begin(stage: Stage) -> None:
     """The embedded control plane, on SQLite."""
     stage.title("A control plane on SQLite")
-    await stage.start(
-        "plane",
-        "runner-control",
-        "serve",
-        "--db",
-        f"{stage.home}/plane/control.db",
-        "--listen",
-        f"127.0.0.1:{stage.port}",
-    )
+    listen, db = f"127.0.0.1:{stage.port}", stage.home / "plane" / "control.db"
+    plane = await stage.start("plane", "runner-control", "serve", "--db", str(db), "--listen", listen)
 
     async def answers() -> bool:
-        try:
-            await stage.run("runner-control", "runners")
-        except Failure:
-            return False
-        return True
+        if plane.returncode is not None:
+            raise Failure(f"the control plane ended with {plane.returncode}")
+        return (await stage.finished("runner-control", "runners"))[0] == 0
 
     await until(answers, "the control plane")
-    database = (stage.home / "plane" / "control.db").read_bytes()[:15]
-    stage.check(database == b"SQLite format 3", f"it listens on 127.0.0.1:{stage.port} and keeps its state in SQLite")
+    stage.check(db.read_bytes()[:15] == b"SQLite format 3", f"it listens on {listen} and keeps its state in SQLite")
 
 
 async def enrol(stage: Stage, relay: Relay) -> None:
@@ -97,141 +110,86 @@ async def enrol(stage: Stage, relay: Relay) -> None:
     join = made["join"].replace(f":{stage.port}/", f":{relay.port}/")
     token = stage.home / "join.txt"
     token.write_text(join)
-    told = await stage.run("runner", "enroll", "--token-file", str(token), "--name", RUNNER, "--root", str(stage.home))
-    for line in told.strip().splitlines()[:6]:
+    order = ("enroll", "--token-file", str(token), "--name", RUNNER, "--root", str(stage.home))
+    for line in (await stage.run("runner", *order)).strip().splitlines()[:4]:
         stage.say(line)
-    again = await stage.run("runner", "enroll", "--token-file", str(token), "--name", "other", "--replace", status=None)
-    stage.check("rnr_" not in again or "laptop" in again, "the join string is good for one runner only")
+    ended, _, complaint = await stage.finished("runner", "--state-dir", str(stage.home / "thief"), *order)
+    stage.check(ended != 0 and "BAD_JOIN_TOKEN" in complaint, "nobody else enrols with the same string: BAD_JOIN_TOKEN")
     await connect(stage)
-    stage.check(True, "the daemon proved its key, the plane proved its own, and the session is up")
-
-
-async def connect(stage: Stage) -> None:
-    """Start the daemon and wait for its session."""
-    await stage.start("daemon", "runner", "--log-format", "json", "start")
-
-    async def online() -> bool:
-        listed = await stage.json("runner-control", "runners")
-        return any(runner["online"] for runner in listed["runners"])
-
-    await until(online, "the session")
-
-
-async def make_worktree(stage: Stage) -> str:
-    """A signed command makes a git worktree of a clone."""
-    stage.title("A signed command makes a git worktree")
-    source = stage.home / "repo"
-    clone(Path(os.environ.get("DEMO_REPO") or PROJECT), source)
-    made = await stage.json(
-        "runner-control", "worktree", "create", RUNNER, "--repo", str(source), "--base", "HEAD", "--branch", "demo/work"
-    )
-    head = subprocess.run(["git", "-C", made["path"], "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    (listed,) = (await stage.json("runner-control", "runners"))["runners"]
+    key_id = (await stage.json("runner", "status"))["key_id"]
+    hello, challenge, proof, welcome = (relay.passed[kind][-1] for kind in ("hello", "challenge", "proof", "welcome"))
+    said = signed(proof["env"])
     stage.check(
-        made["state"] == "ready" and head.stdout.strip() == made["head"], f"{made['path']} at {made['head'][:12]}"
+        key_id == listed["key_id"] == signer(proof["env"]) and said["nonce_plane"] == challenge["nonce"],
+        f"the runner proved its key {key_id[:12]}… over the plane's nonce",
     )
-    worktree: str = made["id"]
-    return worktree
-
-
-def clone(wanted: Path, target: Path) -> None:
-    """A temporary clone of `wanted`, or a fresh repository where there is none with a commit."""
-    run = ["git", "-c", "user.name=demo", "-c", "user.email=demo@localhost"]
-    cloned = subprocess.run([*run, "clone", "--quiet", "--no-hardlinks", str(wanted), str(target)], capture_output=True)
-    born = subprocess.run(["git", "-C", str(target), "rev-parse", "--verify", "HEAD"], capture_output=True)
-    if cloned.returncode or born.returncode:
-        shutil.rmtree(target, ignore_errors=True)
-        subprocess.run([*run, "init", "--quiet", str(target)], check=True)
-        subprocess.run([*run, "-C", str(target), "commit", "--quiet", "--allow-empty", "-m", "Begin"], check=True)
-
-
-async def run_through_a_crash(stage: Stage, worktree: str) -> dict[str, Any]:
-    """Real work, streamed live; in the middle the daemon dies and another takes over."""
-    here = stage.home / "state" / "worktrees" / worktree
-    has_tests = any(path.is_dir() for path in here.glob("*/tests/unit/protocol"))
-    command = os.environ.get("DEMO_CMD") or (FAST_TESTS if has_tests else COUNTING)
-    stage.title(f"A signed command runs real work in it: {command[:90]}")
-    process = await asyncio.create_subprocess_exec(
-        str(BIN / "runner-control"),
-        "exec", RUNNER, "--worktree", worktree, "--", "sh", "-c", command,
-        env=stage.env, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, limit=2**24,
-    )  # fmt: skip
-    assert process.stdout is not None and process.stderr is not None, "both are pipes"
-    errors = asyncio.ensure_future(process.stderr.read())
-    seen, killed = bytearray(), False
-    async for line in process.stdout:
-        seen += line
-        count = seen.count(b"\n")
-        if count <= 4 or count % 100 == 0:
-            stage.say(f"[white]│[/] {line.decode(errors='replace').rstrip()[:110]}")
-        if count == 4 and not killed:
-            killed = True
-            pid = await stage.kill("daemon")
-            stage.say(f"[bold red]kill -9 {pid}[/]: the daemon is dead; the command runs on under its shim")
-            await connect(stage)
-            stage.say("[bold]another daemon is up[/] and has taken the command back")
-    status = await process.wait()
-    lines = seen.count(b"\n")
-    stage.say(f"[white]│[/] {seen.decode(errors='replace').rstrip().splitlines()[-1][:110] if seen else '(no output)'}")
-    execution = await newest(stage)
-    settlement = execution["settlement"]
-    stage.check(killed or lines < 4, "the daemon was killed while the output was flowing")
+    said = signed(welcome["env"])
     stage.check(
-        settlement is not None and settlement["verdict"] == "exited", f"the command ended by itself with {status}"
+        said["nonce_runner"] == hello["nonce"] and said["now_ms"] > 0,
+        "the plane proved its own over the runner's nonce, and the session is up",
     )
-    stage.check(execution["exit_status"] == status, "`exec` ends with the command's own status")
-    out, err = settlement["streams"]["stdout"], settlement["streams"]["stderr"]
-    stage.check(
-        (out["bytes"], out["sha256"]) == (len(seen), hashlib.sha256(seen).hexdigest()),
-        f"{len(seen)} bytes of stdout came through the crash: none lost, none doubled",
-    )
-    stage.check(err["sha256"] == hashlib.sha256(await errors).hexdigest(), f"so did {err['bytes']} bytes of stderr")
-    return execution
 
 
-async def newest(stage: Stage) -> dict[str, Any]:
-    """The execution ordered last, once its log is complete."""
-    listed = await stage.json("runner-control", "ps", "--all")
-    wanted = listed["executions"][0]["id"]
-
-    async def complete() -> dict[str, Any] | None:
-        shown = await stage.json("runner-control", "show", wanted)
-        execution: dict[str, Any] = shown.get("execution", shown)
-        return execution if execution["settlement"] and execution["log"]["complete"] else None
-
-    found: dict[str, Any] = await until(complete, "the end of the execution")
-    return found
+def signed(envelope: str) -> dict[str, Any]:
+    """What an envelope says."""
+    payload: dict[str, Any] = json.loads(base64.b64decode(json.loads(envelope)["payload"]))
+    return payload
 
 
-async def deliver_again(stage: Stage, relay: Relay) -> None:
-    """The relay says the last start once more."""
+def signer(envelope: str) -> str:
+    """The key id of an envelope's one signature."""
+    (signature,) = json.loads(envelope)["signatures"]
+    return str(signature["keyid"])
+
+
+async def deliver_again(stage: Stage, relay: Relay, execution: dict[str, Any]) -> None:
+    """The relay says the start once more."""
     stage.title("The relay delivers the same envelope again")
-    before = len((await stage.json("runner", "ps", "--all"))["attempts"])
-    log = stage.home / "daemon.log"
-    await relay.inject(relay.commands[-1])
+    (start,) = {frame for frame in relay.commands if signed(json.loads(frame)["env"])["cmd_id"] == execution["cmd_id"]}
+    before = await effects(stage, execution)
+    stored = {one["envelope"] for one in before[1] if one["kind"] == "receipt"}
+    told = len(relay.passed["report"])
+    await relay.inject(start)
+    await relay.until(
+        lambda r: any(item["body"] in stored for report in r.passed["report"][told:] for item in report["items"]),
+        FRAMES_S,
+    )
+    stage.check(len(stored) == 1, "it is answered with the stored receipt, byte for byte")
+    stage.check(
+        await effects(stage, execution) == before, "it has no second effect: as many attempts and statements as before"
+    )
 
-    async def noticed() -> bool:
-        return "command.duplicated" in log.read_text(errors="replace")
 
-    await until(noticed, "the answer to a double", FRAMES_S)
-    after = len((await stage.json("runner", "ps", "--all"))["attempts"])
-    stage.check(before == after, "it is answered with the stored receipt and has no second effect")
+async def effects(stage: Stage, execution: dict[str, Any]) -> tuple[list[str], list[Any]]:
+    """What could be more after a second effect."""
+    statements = (await stage.json("runner-control", "receipts", execution["id"]))["statements"]
+    return await known_attempts(stage), statements
+
+
+async def known_attempts(stage: Stage) -> list[str]:
+    """The names of all attempts the runner knows."""
+    return [attempt["attempt"] for attempt in (await stage.json("runner", "ps", "--all"))["attempts"]]
 
 
 async def forge(stage: Stage, relay: Relay) -> None:
-    """The relay changes one argument, and then signs with a key of its own."""
+    """The relay changes one argument, and then claims a key of its own."""
     stage.title("The relay forges")
+    pwned = stage.home / "pwned"
     frame = json.loads(relay.commands[-1])
     envelope = json.loads(frame["env"])
-    payload = json.loads(base64.b64decode(envelope["payload"]))
-    payload["args"]["argv"] = ["touch", str(stage.home / "pwned")]
+    payload = signed(frame["env"])
+    payload["args"]["argv"] = ["touch", str(pwned)]
     envelope["payload"] = base64.b64encode(json.dumps(payload).encode()).decode()
+    attempts = await known_attempts(stage)
     for keyid, reason in ((envelope["signatures"][0]["keyid"], "BAD_SIG"), ("x" * 43, "UNKNOWN_KEY")):
         envelope["signatures"][0]["keyid"] = keyid
-        known = len(relay.refused)
+        relay.passed["refused"].clear()
         await relay.inject(json.dumps({"t": "command", "env": json.dumps(envelope)}))
-        await relay.until(lambda r, known=known: len(r.refused) > known, FRAMES_S)
-        told = relay.refused[-1]["reason"]
-        stage.check(told == reason and not (stage.home / "pwned").exists(), f"refused with {told}, and nothing ran")
+        await relay.until(lambda r: bool(r.passed["refused"]), FRAMES_S)
+        told = relay.passed["refused"][-1]["reason"]
+        stage.check(told == reason, f"refused with {told}")
+    stage.check(await known_attempts(stage) == attempts and not pwned.exists(), "and nothing ran")
 
 
 async def stop_the_stubborn(stage: Stage) -> None:
@@ -241,7 +199,7 @@ async def stop_the_stubborn(stage: Stage) -> None:
     started = json.loads(await stage.run("runner-control", *order))
 
     async def breeds() -> bool:
-        return len(stage.carriers()) >= 3
+        return len(stage.carriers()) >= TREE_SIZE
 
     await until(breeds, "the tree")
     alive = len(stage.carriers())
@@ -249,7 +207,8 @@ async def stop_the_stubborn(stage: Stage) -> None:
     execution = await newest(stage)
     settlement = execution["settlement"]
     stage.check(
-        settlement["verdict"] == "stopped" and execution["exit_status"] == KILLED_EXEC_STATUS, "settled as stopped"
+        settlement["verdict"] == "stopped" and execution["exit_status"] == KILLED_EXEC_STATUS,
+        f"settled as stopped, by signal {settlement['signal']}",
     )
     stage.check(settlement["survivors"] == 0 and not stage.carriers(), f"{alive} processes ignored TERM; none is left")
 
@@ -258,36 +217,34 @@ async def show_the_end(stage: Stage, execution: dict[str, Any]) -> None:
     """What the child wrote, what the plane stored, what the runner signed, and who else can check it."""
     stage.title("What is known of the work, and by whose word")
     shown = await stage.run("runner-control", "show", execution["id"])
-    for line in shown.rstrip().splitlines()[:24]:
+    for line in shown.rstrip().splitlines():
         stage.say(line[:130])
-    digests = (await stage.json("runner-control", "show", execution["id"])).get("digests")
-    streams = execution["settlement"]["streams"]
+    digests = (await stage.json("runner-control", "show", execution["id"]))["digests"]
     stage.check(
-        digests is not None and all(digests["streams"].get(name, {"bytes": 0})["bytes"] == s["bytes"] for name, s in streams.items()),
-        "the control plane stored as many bytes of each stream as the child wrote",
-    )  # fmt: skip
-    same = all(s["bytes"] == 0 or digests["streams"][name]["sha256"] == s["sha256"] for name, s in streams.items())
-    stage.check(same, "and the same bytes, by SHA-256 on both sides")
-    proof = stage.home / "proof"
-    await stage.run("runner-control", "receipts", execution["id"], "--out", str(proof))
-    key = next(proof.glob("*.pub"))
-    for envelope in sorted(path for path in proof.iterdir() if path != key):
-        script = PROJECT / "examples" / "verify_receipt.py"
-        checked = subprocess.run(
-            [sys.executable, str(script), str(envelope), key.read_text().strip()], capture_output=True
-        )
-        stage.check(checked.returncode == 0, f"openssl verifies {envelope.name}")
-
-
-async def remove_worktree(stage: Stage, worktree: str) -> None:
-    """The worktree goes; what it was a worktree of stays."""
-    stage.title("The worktree is removed")
-    await stage.run("runner-control", "worktree", "remove", worktree, "--force")
-    gone = not (stage.home / "state" / "worktrees" / worktree).exists()
-    branch = subprocess.run(
-        ["git", "-C", str(stage.home / "repo"), "rev-parse", "--verify", "demo/work"], capture_output=True
+        digests["streams"] == execution["settlement"]["streams"] and digests["complete"] and digests["chain_ok"],
+        "the control plane stored the very bytes the child wrote, by length and SHA-256 of each stream",
     )
-    stage.check(gone and branch.returncode == 0, "its directory is gone, its branch is kept")
+    proof = stage.home / "proof"
+    for line in (await stage.run("runner-control", "receipts", execution["id"], "--out", str(proof))).splitlines():
+        stage.say(line[:130])
+    (key,) = proof.glob("*.pub")
+    files = sorted(path for path in proof.iterdir() if path != key)
+    kinds = ["receipt", "settlement"]
+    stage.check([path.name.split("-")[1] for path in files] == kinds, "one signed receipt and one signed settlement")
+    for envelope in files:
+        stage.check(verified(envelope, key), f"openssl verifies {envelope.name} with the runner's key alone")
+    tampered = proof / "tampered.json"
+    whole = json.loads(files[-1].read_bytes())
+    payload = base64.b64decode(whole["payload"]).replace(b'"exited"', b'"lost"')
+    tampered.write_text(json.dumps({**whole, "payload": base64.b64encode(payload).decode()}))
+    stage.check(not verified(tampered, key), "and not a settlement with another verdict in it")
+
+
+def verified(envelope: Path, key: Path) -> bool:
+    """Whether the short script in `examples/` takes it."""
+    script = PROJECT / "examples" / "verify_receipt.py"
+    argv = [sys.executable, str(script), str(envelope), key.read_text().strip()]
+    return subprocess.run(argv, capture_output=True).returncode == 0
 
 
 async def finish(stage: Stage) -> None:
@@ -297,9 +254,10 @@ async def finish(stage: Stage) -> None:
     stage.check(await stage.end("plane") == 0, "so does the control plane")
 
     async def quiet() -> bool:
-        return not stage.carriers()
+        return not stage.belongings()
 
     await until(quiet, "quiet")
+    stage.check(True, "nothing of them is left running")
 
 
 if __name__ == "__main__":

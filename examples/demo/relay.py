@@ -7,11 +7,12 @@ from typing import Any
 
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import ServerConnection, serve
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from websockets.typing import Subprotocol
 
 SUBPROTOCOL = Subprotocol("local-runner.v1")
 FRAME_BYTES_MAX = 128 * 1024
+_KEPT = ("hello", "challenge", "proof", "welcome", "refused", "report")
 
 
 class Relay:
@@ -21,9 +22,8 @@ class Relay:
         self.port = 0
         self.commands: list[str] = []
         """Command frames as they passed, oldest first."""
-        self.refused: list[dict[str, Any]] = []
-        """What the runner refused, as it told the plane."""
-        self.data_bytes = 0
+        self.passed: dict[str, list[dict[str, Any]]] = {kind: [] for kind in _KEPT}
+        """Other messages as they passed, by kind, oldest first."""
         self._upstream = upstream
         self._runner: ServerConnection | None = None
         self._changed = asyncio.Event()
@@ -54,35 +54,38 @@ class Relay:
     async def _pass_on(self, runner: ServerConnection) -> None:
         self._runner = runner
         try:
-            async with connect(
-                self._upstream,
-                subprotocols=[SUBPROTOCOL],
-                compression=None,
-                max_size=FRAME_BYTES_MAX,
-                proxy=None,
-            ) as plane:
-                up = asyncio.ensure_future(self._copy(runner, plane))
-                down = asyncio.ensure_future(self._copy(plane, runner))
-                await asyncio.wait({up, down}, return_when=asyncio.FIRST_COMPLETED)
-                await plane.close()
-                await runner.close()
-                await asyncio.gather(up, down)
-        except OSError:
+            async with (
+                connect(
+                    self._upstream,
+                    subprotocols=[SUBPROTOCOL],
+                    compression=None,
+                    max_size=FRAME_BYTES_MAX,
+                    proxy=None,
+                ) as plane,
+                asyncio.TaskGroup() as tasks,
+            ):
+                tasks.create_task(self._copy(runner, plane))
+                tasks.create_task(self._copy(plane, runner))
+        except (OSError, InvalidHandshake):
             await runner.close(1013, "the control plane is away")
 
     async def _copy(self, source: Any, sink: Any) -> None:
+        """Pass on until either side has closed, then close both with the code that was given."""
         try:
             async for frame in source:
                 self._look(frame)
                 await sink.send(frame)
         except ConnectionClosed:
-            return
+            pass
+        # 1005 and 1006 say that no code was given; they are never sent.
+        code = source.close_code if source.close_code not in (None, 1005, 1006) else 1001
+        await sink.close(code, source.close_reason or "")
 
     def _look(self, frame: str | bytes) -> None:
-        if isinstance(frame, bytes):
-            self.data_bytes += len(frame)
-        elif frame.startswith('{"t":"command"'):
-            self.commands.append(frame)
-        elif frame.startswith('{"t":"refused"'):
-            self.refused.append(json.loads(frame))
+        if isinstance(frame, str):
+            kind = frame[:20].partition('"t":"')[2].partition('"')[0]
+            if kind == "command":
+                self.commands.append(frame)
+            elif kind in self.passed:
+                self.passed[kind].append(json.loads(frame))
         self._changed.set()

@@ -1,7 +1,5 @@
 """A whole system for end-to-end tests: the real control plane and the real daemon as processes, in a temporary home."""
 
-import asyncio
-import os
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -57,20 +55,22 @@ class Stand(Stage):
                 trust_env=False,
             )
 
-    async def enroll(self, *, port: int | None = None) -> None:
-        """Enrol the runner, through another port if one is given."""
-        made = await self.post("/join-tokens", {"name": RUNNER})
-        join = made["join"] if port is None else made["join"].replace(f":{self.port}/", f":{port}/")
+    async def enroll(self, *, port: int | None = None, join: str | None = None) -> None:
+        """Enrol the runner: through another port if one is given, with another control plane if its join string is."""
+        if join is None:
+            join = str((await self.post("/join-tokens", {"name": RUNNER}))["join"])
+        if port is not None:
+            join = join.replace(f":{self.port}/", f":{port}/")
         (self.home / "join.txt").write_text(join)
         await self.run(
             "runner", "enroll", "--token-file", f"{self.home}/join.txt", "--name", RUNNER, "--root", str(self.home)
         )
 
-    async def start_daemon(self, **env: str) -> None:
+    async def start_daemon(self, *, log_level: str = "info", **env: str) -> None:
         """Start the daemon; it need not be connected yet. `env` adds to its environment."""
         self.env.update(env)
         try:
-            await self.start("daemon", "runner", "--log-format", "json", "start")
+            await self.start("daemon", "runner", "--log-format", "json", "--log-level", log_level, "start")
         finally:
             for name in env:
                 del self.env[name]
@@ -96,19 +96,35 @@ class Stand(Stage):
 
         await until(there, f"the log line {text}", ANSWER_S)
 
+    def pid(self, name: str) -> int:
+        """The process id of a program that runs. Raises AssertionError when it has ended."""
+        process = self._running[name]
+        assert process.returncode is None, f"{name} ended with {process.returncode}"
+        return process.pid
+
+    def effects(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What commands left on the runner's disk: attempt directories and managed worktrees."""
+        return tuple(
+            tuple(sorted(path.name for path in (self.state / place).glob("*"))) for place in ("x", "worktrees")
+        )  # type: ignore[return-value]
+
     # --- the control plane --------------------------------------------------------------------------------------
+
+    @property
+    def http(self) -> httpx.AsyncClient:
+        """A client under /v1 that holds the admin token."""
+        assert self._http is not None, "start_plane comes first"
+        return self._http
 
     async def get(self, path: str, **query: Any) -> Any:
         """GET under /v1."""
-        assert self._http is not None, "start_plane comes first"
-        answer = await self._http.get(path, params=query)
+        answer = await self.http.get(path, params=query)
         answer.raise_for_status()
         return answer.json()
 
     async def post(self, path: str, body: dict[str, Any], *, status: int | None = None) -> Any:
         """POST under /v1 with a fresh Idempotency-Key."""
-        assert self._http is not None, "start_plane comes first"
-        answer = await self._http.post(path, json=body, headers={"Idempotency-Key": uuid.uuid4().hex})
+        answer = await self.http.post(path, json=body, headers={"Idempotency-Key": uuid.uuid4().hex})
         if status is None:
             answer.raise_for_status()
         else:
@@ -117,7 +133,7 @@ class Stand(Stage):
 
     async def order(self, *argv: str, **extra: Any) -> str:
         """Order an execution; its id."""
-        body = {"argv": list(argv), **({} if "worktree" in extra else {"cwd": str(self.home)}), **extra}
+        body = {"argv": list(argv), **({} if {"worktree", "cwd"} & extra.keys() else {"cwd": str(self.home)}), **extra}
         ordered = await self.post(f"/runners/{RUNNER}/executions", body)
         execution: str = ordered["id"]
         return execution
@@ -145,21 +161,20 @@ class Stand(Stage):
 
     async def output(self, execution: str) -> dict[str, bytes]:
         """What the plane stored of stdout and stderr."""
-        assert self._http is not None, "start_plane comes first"
         streams = {"stdout": bytearray(), "stderr": bytearray()}
         names = {RecordKind.STDOUT: "stdout", RecordKind.STDERR: "stderr"}
-        data = (await self._http.get(f"/executions/{execution}/log")).content
+        data = (await self.http.get(f"/executions/{execution}/log")).content
         for record in records(data, 0):
             assert len(record.payload) <= DATA_SLICE_BYTES_MAX
             if record.kind in (RecordKind.STDOUT, RecordKind.STDERR):
                 streams[names[RecordKind(record.kind)]] += record.payload
         return {name: bytes(content) for name, content in streams.items()}
 
-    async def close(self) -> None:
+    async def close(self) -> list[int]:
         """End everything and remove the home."""
         if self._http is not None:
             await self._http.aclose()
-        await super().close()
+        return await super().close()
 
 
 @asynccontextmanager
@@ -183,21 +198,3 @@ async def stand(*, enrolled: bool = True) -> AsyncIterator[Stand]:
 async def poll(holds: Callable[[], Awaitable[Any]], what: str) -> Any:
     """Wait until `holds()` is true."""
     return await until(holds, what, ANSWER_S)
-
-
-def survivors(home: Path) -> list[int]:
-    """Processes whose working directory is in `home`: there are none after a test."""
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                if os.readlink(f"/proc/{name}/cwd").startswith(str(home)):
-                    found.append(int(name))
-            except OSError:
-                continue
-    return found
-
-
-async def drain(tasks: list["asyncio.Task[Any]"]) -> list[Any]:
-    """Results of all tasks."""
-    return list(await asyncio.gather(*tasks))
