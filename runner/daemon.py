@@ -92,7 +92,7 @@ class Daemon:
             shims = self._shims()
             stack.callback(shims.close)
             shims.start()
-            uplink = Uplink(wake=lambda: link.wake(), arm=shims.arm, failed=self._complain_of_log)
+            uplink = Uplink(wake=lambda: link.wake(), arm=shims.arm, trim=shims.trim, failed=self._complain_of_log)
             stack.callback(uplink.close)
             shims.on_growth = uplink.grew
             link = Link(

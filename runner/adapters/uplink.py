@@ -18,6 +18,8 @@ from runner.adapters.spool import Hole, SpoolReader
 from runner.errors import Broken
 
 ACK_NAME: Final = "ack"
+TRIM_STEP_BYTES: Final = 1024 * 1024
+"""Between two words to a shim on what is safe at the plane: seldom enough to cost nothing, often enough for the smallest spool."""
 UplinkMessage = LogOpen | Gap | LogClosed
 
 
@@ -30,6 +32,8 @@ class _Channel:
     directory: Path
     reader: SpoolReader
     acked: int = 0
+    trimmed: int = 0
+    """Its shim knows that everything below is safe."""
     cursor: int | None = None
     """None until the plane said where to go on."""
     credit: int = 0
@@ -44,13 +48,23 @@ class _Channel:
 
 
 class Uplink:
-    """All channels of this daemon. `wake` is called when there may be something to send, `failed` with a log that cannot be read."""
+    """All channels of this daemon.
+
+    `wake` is called when there may be something to send, `failed` with a log that cannot be read; `arm` and `trim` tell a shim how far
+    its log was read and how far it is safe at the plane.
+    """
 
     def __init__(
-        self, wake: Callable[[], None], arm: Callable[[str, int], None], failed: Callable[[str, str], None]
+        self,
+        *,
+        wake: Callable[[], None],
+        arm: Callable[[str, int], None],
+        trim: Callable[[str, int], None],
+        failed: Callable[[str, str], None],
     ) -> None:
         self._wake = wake
         self._arm = arm
+        self._trim = trim
         self._failed = failed
         self._channels: dict[str, _Channel] = {}
         self._numbers: dict[int, _Channel] = {}
@@ -134,6 +148,9 @@ class Uplink:
             channel.credit = max(channel.credit, message.credit)
         if message.offset > channel.acked:
             channel.acked = message.offset
+        if channel.acked - channel.trimmed >= TRIM_STEP_BYTES:
+            channel.trimmed = channel.acked
+            self._trim(channel.name, channel.acked)
         if channel.closed and channel.cursor == channel.acked:
             self._done(channel)
         else:

@@ -106,7 +106,7 @@ class Road:
         self.armed = False
         self.up: list[UplinkMessage | bytes] = []
         self.told: list[Resume | Ack] = []
-        self.uplink = Uplink(wake=lambda: None, arm=self._arm, failed=self._failed)
+        self.uplink = Uplink(wake=lambda: None, arm=self._arm, trim=self._trim, failed=self._failed)
         self.connected = False
         self.granted = 0
         """Credit that was heard in this session; none without one."""
@@ -115,6 +115,10 @@ class Road:
     def _arm(self, name: str, _end: int) -> None:
         assert name == NAME
         self.armed = True
+
+    def _trim(self, name: str, end: int) -> None:
+        assert name == NAME
+        assert end == self.uplink.acked(NAME), "what the plane has on its disk is safe, and nothing else"
 
     def _failed(self, name: str, detail: str) -> None:
         raise AssertionError(f"the log of {name} is whole: {detail}")
