@@ -15,7 +15,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,17 @@ class Shim:
     def log(self) -> Log:
         """The log, read and checked."""
         return read_log(self.dir / "log", self.attempt.encode())
+
+    def wait_log(self, condition: Callable[[Log], object], what: str) -> None:
+        """Wait until the log, which may be growing while it is read, fulfils a condition."""
+
+        def holds() -> object:
+            try:
+                return condition(self.log())
+            except (AssertionError, ValueError, struct.error):
+                return False  # a record was read before it was written whole
+
+        wait_for(holds, what)
 
     def close(self) -> None:
         """Let the shim go; kill it, and what it guards, when it does not."""

@@ -59,12 +59,12 @@ def test_output_goes_on_when_the_disk_has_room_again(start_shim: StartShim, smal
         cwd=str(small_disk),
     )
     shim.start()
-    wait_for(lambda: shim.log().stdout == b"first\n", "the first line")
+    shim.wait_log(lambda log: log.stdout == b"first\n", "the first line")
     fill(ballast)
     # The open segment's last page has room: fill it through the log itself, then lose a line.
     shim.controller.send(wire.ARM, struct.pack("<Q", 4_200))
     first.write_text("go\n")
-    wait_for(lambda: b"lost" in shim.log().stdout or shim.log().holes, "the second line")
+    shim.wait_log(lambda log: b"lost" in log.stdout or log.holes, "the second line")
     ballast.unlink()
     second.write_text("go\n")
     record = shim.exit()
@@ -139,7 +139,7 @@ def test_trimmed_segments_make_room(start_shim: StartShim, tmp_path: Path) -> No
         segment_bytes=100_000,
     )
     shim.start()
-    wait_for(lambda: len(shim.log().stdout) == 400_000, "the first half")
+    shim.wait_log(lambda log: len(log.stdout) == 400_000, "the first half")
     before = [base for base, _size in shim.log().segments]
     shim.controller.send(wire.TRIM, struct.pack("<Q", 1 << 40))
     daemon = shim.connect()

@@ -78,7 +78,7 @@ def test_a_bell_rings_once_for_each_arm(start_shim: StartShim) -> None:
     shim.controller.send(wire.ARM, struct.pack("<Q", 0))
     first = struct.unpack("<Q", shim.controller.wait(wire.BELL))[0]
     assert first > 0
-    wait_for(lambda: len(shim.log().stdout) == 12, "the output")
+    shim.wait_log(lambda log: len(log.stdout) == 12, "the output")
     with pytest.raises(TimeoutError):
         shim.controller.receive(0.1)
     shim.controller.send(wire.ARM, struct.pack("<Q", 0))
@@ -142,7 +142,7 @@ def test_a_slow_daemon_is_dropped_and_never_waited_for(start_shim: StartShim) ->
         say_hello_often(slow)
     slow.close()
     before = len(shim.log().stdout)
-    wait_for(lambda: len(shim.log().stdout) > before, "more output")
+    shim.wait_log(lambda log: len(log.stdout) > before, "more output")
     fresh = shim.connect()
     fresh.hello()
     fresh.wait(wire.WELCOME)
