@@ -1,5 +1,6 @@
 """The command line of the reference control plane: run one, and ask one by its REST interface."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -12,15 +13,15 @@ from controlplane.reach import (
     ExitCode,
     Front,
     Reach,
-    as_json,
     data_dir,
     pairs,
     pass_reach,
     plane_url,
-    wants_colour,
     without_none,
 )
-from controlplane.render import complain, moment, print_facts, print_json, print_table
+from controlplane.render import complain, moment, print_table
+from terminal.options import as_json
+from terminal.printing import print_facts, print_json, wants_colour
 
 if TYPE_CHECKING:
     from controlplane.server import Announcement
@@ -72,7 +73,7 @@ def cli(ctx: click.Context, url: str, token_file: str | None) -> None:
     Exit codes: 0 ok, 1 refused, 2 usage, 3 no token, 5 another control plane has the data directory, 6 no control plane
     answers; `exec` ends with the command's own status, 128 + n when signal n killed it, 125 when we failed.
     """
-    ctx.color = wants_colour()
+    ctx.color = wants_colour(os.environ)
     ctx.obj = Reach(url, token_file)
 
 

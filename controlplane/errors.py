@@ -1,7 +1,5 @@
 """What a request to the control plane can be refused for; the reason is stable text that clients match on."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from http import HTTPStatus
 
@@ -78,15 +76,3 @@ class StartRefused(ControlPlaneError):
 
 class AnotherPlane(StartRefused):
     """The data directory is another control plane's."""
-
-
-@contextmanager
-def ungrouped() -> Iterator[None]:
-    """Let a lone exception out of the group that a task group puts it in, so that callers can catch what is documented."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        lone: BaseException = group
-        while isinstance(lone, BaseExceptionGroup) and len(lone.exceptions) == 1:
-            lone = lone.exceptions[0]
-        raise lone from lone.__cause__

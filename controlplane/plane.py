@@ -18,12 +18,13 @@ import structlog
 from controlplane import hearing, logread, store, tables, views
 from controlplane.database import Database
 from controlplane.desk import Desk
-from controlplane.errors import Fault, RequestRefused, StoreFailed, ungrouped
+from controlplane.errors import Fault, RequestRefused, StoreFailed
 from controlplane.gateway import Gateway
 from controlplane.keys import lock_directory, open_keys
 from controlplane.ledger import Clock, Entropy, Ledger
 from controlplane.limits import EXPIRY_SWEEP_MS, KEYSET_CHECK_MS, LAST_SEEN_FLUSH_MS
 from protocol.errors import CloseCode, Reason
+from protocol.groups import ungrouped
 from protocol.keys import PublicKey
 from protocol.limits import BEAT_INTERVAL_MS
 from protocol.wire import JsonObject

@@ -1,8 +1,6 @@
 """What the verbs of the control plane's command line share: reaching the plane, options, errors as exit codes."""
 
-import os
 import re
-from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +10,6 @@ import click
 from controlplane.client import Json, PlaneClient, PlaneRefused, PlaneUnreachable
 from controlplane.render import complain
 from protocol.errors import RemoteError
-from protocol.text import duration_ms, size_bytes
 
 DEFAULT_URL: Final = "http://127.0.0.1:7410"
 TOKEN_BYTES_MAX: Final = 4096
@@ -116,29 +113,6 @@ def data_dir() -> Path:
     return Path(platformdirs.user_state_dir("runner-control", appauthor=False))
 
 
-def wants_colour() -> bool | None:
-    """False where the user wants no colours (no-color.org), None to let each stream decide by being a terminal."""
-    return False if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" else None
-
-
-class Parsed(click.ParamType[int]):
-    """An option's value that a function of `protocol.text` reads."""
-
-    def __init__(self, name: str, read: Callable[[str], int]) -> None:
-        self.name = name
-        self._read = read
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number that was typed."""
-        try:
-            return value if isinstance(value, int) else self._read(value)
-        except ValueError as exc:
-            self.fail(str(exc), param, ctx)
-
-
-DURATION: Final = Parsed("duration", duration_ms)
-SIZE: Final = Parsed("size", size_bytes)
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 pass_reach = click.make_pass_decorator(Reach)
 
 

@@ -17,10 +17,11 @@ import structlog
 import uvicorn
 import uvloop
 
-from controlplane.errors import StartRefused, ungrouped
+from controlplane.errors import StartRefused
 from controlplane.limits import SHUTDOWN_GRACE_S, WS_PING_S
 from controlplane.plane import ControlPlane
 from controlplane.rest import make_app
+from protocol.groups import ungrouped
 from protocol.limits import FRAME_BYTES_MAX
 
 LOG_FORMATS: Final = ("json", "console")

@@ -19,21 +19,20 @@ from controlplane.follow import (
     wait_for_end,
 )
 from controlplane.reach import (
-    DURATION,
-    SIZE,
     ExitCode,
     Reach,
-    as_json,
     explain,
     pairs,
     pass_reach,
     path_id,
     without_none,
 )
-from controlplane.render import command_line, complain, log_text, moment, print_json, print_table, write_piece
+from controlplane.render import complain, moment, print_table
 from protocol.errors import RemoteError
 from protocol.limits import SECRET_BYTES_MAX
 from protocol.logtext import LogText
+from terminal.options import DURATION, SIZE, as_json
+from terminal.printing import log_text, print_json, shell_words, write_piece
 
 LIST_MAX: Final = 500
 """Executions in one listing: what a control plane gives at most."""
@@ -231,7 +230,7 @@ def _row(one: Json) -> tuple[str, ...]:
         one["reason"] or status,
         moment(one["created_ms"]),
         str(one["log"]["end"]),
-        command_line(one["argv"]),
+        shell_words(one["argv"]),
     )
 
 

@@ -7,9 +7,11 @@ from typing import Any, Final
 import click
 
 from controlplane.client import Json, PlaneClient, PlaneRefused
-from controlplane.reach import Reach, as_json, pass_reach, path_id
-from controlplane.render import command_line, complain, moment, print_facts, print_json, print_table
+from controlplane.reach import Reach, pass_reach, path_id
+from controlplane.render import complain, moment, print_table
 from protocol.text import show_age, show_duration
+from terminal.options import as_json
+from terminal.printing import print_facts, print_json, shell_words
 
 NOT_FOUND: Final = 404
 _SAFE_NAME: Final = re.compile(r"[^A-Za-z0-9_.-]")
@@ -67,7 +69,7 @@ def _execution(found: Json) -> list[tuple[str, str]]:
     facts = [
         ("execution", f"{found['id']}, attempt {found['start_token']}"),
         ("runner", f"{found['runner_name']} ({found['runner']})"),
-        ("command", command_line(found["argv"])),
+        ("command", shell_words(found["argv"])),
         ("directory", str(found["worktree"] or found["cwd"])),
         ("created", moment(found["created_ms"])),
         ("state", state),

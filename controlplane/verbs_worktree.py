@@ -4,8 +4,10 @@ import click
 
 from controlplane.client import WAIT_MS_MAX, Json, PlaneClient, PlaneUnreachable
 from controlplane.follow import Patience
-from controlplane.reach import ExitCode, Reach, as_json, pass_reach, path_id, without_none
-from controlplane.render import complain, moment, print_json, print_table
+from controlplane.reach import ExitCode, Reach, pass_reach, path_id, without_none
+from controlplane.render import complain, moment, print_table
+from terminal.options import as_json
+from terminal.printing import print_json
 
 UNDER_WAY = frozenset({"queued", "creating", "removing"})
 

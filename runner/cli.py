@@ -12,8 +12,9 @@ import click
 
 from runner.config import ENVIRONMENT_PLACE, FLAGS_PLACE
 from runner.errors import AnotherDaemon, ConfigError, NotEnrolled, RunnerError
-from runner.render import complain, wants_colour
+from runner.render import complain
 from runner.verbs.options import ExitCode
+from terminal.printing import wants_colour
 
 VERBS: Final = {
     "enroll": "runner.verbs.enroll",

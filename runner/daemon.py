@@ -15,6 +15,7 @@ import anyio
 import structlog
 
 from protocol.execution import AttemptState
+from protocol.groups import ungrouped
 from protocol.handshake import Standing
 from protocol.version import VERSION
 from runner.adapters.attemptdir import ShimSettings
@@ -36,7 +37,7 @@ from runner.core.environment import inherited
 from runner.core.inputs import SessionDown
 from runner.core.policy import Policy
 from runner.desk import Desk
-from runner.errors import JournalBroken, ungrouped
+from runner.errors import JournalBroken
 from runner.hands import DaemonHands
 from runner.link import Link
 from runner.pump import Footing, Pump

@@ -1,8 +1,5 @@
 """Operating errors of the runner, by whose doing it was. Adapters map foreign exceptions to these at the edge."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from protocol.errors import Reason
 
 
@@ -48,15 +45,3 @@ class AnotherDaemon(Exception):
         self.pid = pid
         self.place = place
         super().__init__(f"another daemon (pid {pid or 'unknown'}) holds {place}")
-
-
-@contextmanager
-def ungrouped() -> Iterator[None]:
-    """Let a lone exception out of the groups that task groups put it in, so that callers can catch what is documented."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        lone: BaseException = group
-        while isinstance(lone, BaseExceptionGroup) and len(lone.exceptions) == 1:
-            lone = lone.exceptions[0]
-        raise lone from lone.__cause__

@@ -8,8 +8,10 @@ from protocol.text import show_age, show_size
 from runner.adapters.control_client import ControlUnavailable, call_control
 from runner.adapters.wallclock import wall_ms
 from runner.errors import Refused
-from runner.render import complain, print_json, print_table, shell_words
-from runner.verbs.options import CALL_TIMEOUT_S, DURATION, ExitCode, as_json, settings_of, socket_of
+from runner.render import complain, print_table
+from runner.verbs.options import CALL_TIMEOUT_S, ExitCode, settings_of, socket_of
+from terminal.options import DURATION, as_json
+from terminal.printing import print_json, shell_words
 
 if TYPE_CHECKING:
     from runner.adapters.attemptfiles import AttemptFiles

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import click
 
-from runner.verbs.options import as_json
+from terminal.options import as_json
 
 
 @click.group(short_help="Show the settings that count.")
@@ -33,7 +33,8 @@ def show(ctx: click.Context, as_json: bool) -> None:
       LOCAL_RUNNER_LOG_LEVEL=debug runner config show --json
     """
     from runner.config import explain_settings
-    from runner.render import print_json, print_table
+    from runner.render import print_table
+    from terminal.printing import print_json
 
     settings, sources = explain_settings(ctx.obj, os.environ)
     found = {

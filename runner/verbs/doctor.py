@@ -3,8 +3,10 @@
 import click
 
 from runner.errors import ConfigError
-from runner.render import COLOURS, print_json
-from runner.verbs.options import ExitCode, as_json, settings_of
+from runner.render import COLOURS
+from runner.verbs.options import ExitCode, settings_of
+from terminal.options import as_json
+from terminal.printing import print_json
 
 
 @click.command()

@@ -12,8 +12,9 @@ import click
 
 from protocol.errors import Reason
 from runner.errors import AnotherDaemon, Refused, RunnerError
-from runner.render import complain, print_facts
+from runner.render import complain
 from runner.verbs.options import ExitCode, roots_option, settings_of
+from terminal.printing import print_facts
 
 if TYPE_CHECKING:
     from protocol.identity import JoinString

@@ -6,8 +6,10 @@ from typing import Any
 import click
 
 from protocol.errors import RemoteError
-from runner.render import complain, log_text, write_piece
-from runner.verbs.options import SIZE, ExitCode, settings_of
+from runner.render import complain
+from runner.verbs.options import ExitCode, settings_of
+from terminal.options import SIZE
+from terminal.printing import log_text, write_piece
 
 
 @click.command(short_help="Print what an execution wrote.")

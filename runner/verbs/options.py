@@ -1,14 +1,11 @@
-"""What verbs share: the settings, exit codes, and options that take a duration, a size or nothing but `--json`."""
+"""What verbs share: the settings, exit codes, and the option that names roots."""
 
 import os
-from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import click
-
-from protocol.text import duration_ms, size_bytes
 
 if TYPE_CHECKING:
     from runner.config import Settings
@@ -44,23 +41,6 @@ class ExitCode(IntEnum):
     DOCTOR_FAILURES = 9
 
 
-class Parsed(click.ParamType[int]):
-    """An option's value that a function of `protocol.text` reads."""
-
-    def __init__(self, name: str, read: Callable[[str], int]) -> None:
-        self.name = name
-        self._read = read
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number that was typed."""
-        try:
-            return value if isinstance(value, int) else self._read(value)
-        except ValueError as exc:
-            self.fail(str(exc), param, ctx)
-
-
-DURATION: Final = Parsed("duration", duration_ms)
-SIZE: Final = Parsed("size", size_bytes)
 roots_option = click.option(
     "--root",
     "roots",
@@ -69,4 +49,3 @@ roots_option = click.option(
     type=click.Path(exists=True, file_okay=False, resolve_path=True),
     help="A directory below which commands may work; may be repeated [default: your home directory].",
 )
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")

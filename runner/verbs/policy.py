@@ -4,8 +4,10 @@ from pathlib import Path
 
 import click
 
-from runner.render import complain, print_facts, print_json
-from runner.verbs.options import ExitCode, as_json, roots_option, settings_of
+from runner.render import complain
+from runner.verbs.options import ExitCode, roots_option, settings_of
+from terminal.options import as_json
+from terminal.printing import print_facts, print_json
 
 
 @click.group(short_help="Write and show what commands may do here.")

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from runner.config import DEFAULT_PLACE, PREFIX
-from runner.render import complain, print_facts, print_json
-from runner.verbs.options import ExitCode, as_json
+from runner.render import complain
+from runner.verbs.options import ExitCode
+from terminal.options import as_json
+from terminal.printing import print_facts, print_json
 
 if TYPE_CHECKING:
     from runner.config import Settings

@@ -6,8 +6,10 @@ import click
 
 from protocol.text import show_age, show_duration, show_size
 from runner.adapters.control_client import ControlUnavailable, call_control
-from runner.render import complain, print_facts, print_json
-from runner.verbs.options import CALL_TIMEOUT_S, ExitCode, as_json, settings_of, socket_of
+from runner.render import complain
+from runner.verbs.options import CALL_TIMEOUT_S, ExitCode, settings_of, socket_of
+from terminal.options import as_json
+from terminal.printing import print_facts, print_json
 
 if TYPE_CHECKING:
     from runner.config import Settings

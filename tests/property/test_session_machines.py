@@ -1,5 +1,6 @@
 """Both session machines, told anything in any order: they keep their bounds, forget nothing that waits, and repeat no answer."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -8,6 +9,8 @@ from protocol.limits import COMMANDS_UNACKED_MAX, REPORT_ITEMS_MAX, REPORTS_IN_F
 from protocol.messages import Answer, Beat, Beaten, Need, Reported
 from protocol.session import OUTBOX_ROOM, BeatAnswered, ItemsAnswered, PlaneSession, RunnerSession, SentCommand
 from tests.support.builders import an_item
+
+pytestmark = pytest.mark.slow
 
 NUMBERS = st.integers(0, 6)
 """Few, so that one number is met by many words."""

@@ -15,6 +15,8 @@ from runner.adapters import spool as spool_module
 from runner.adapters.spool import Hole, Slice, SpoolReader
 from tests.support.spool import SEGMENT_HEAD, Spool
 
+pytestmark = pytest.mark.slow
+
 PAYLOADS = st.lists(st.binary(max_size=200), max_size=6)
 SEGMENTS = st.lists(st.tuples(st.sampled_from([0, 0, 1, 40]), PAYLOADS), min_size=1, max_size=5)
 SIZES = st.sampled_from([RECORD_HEADER_BYTES + 200, 500, DATA_SLICE_BYTES_MAX])

@@ -28,6 +28,8 @@ from protocol.messages import Ack, Gap, LogClosed, LogOpen, Resume
 from runner.adapters.uplink import Uplink, UplinkMessage, read_ack
 from tests.support.spool import Spool
 
+pytestmark = pytest.mark.slow
+
 NAME = "ex_1.1"
 WINDOW = 2 * DATA_SLICE_BYTES_MAX
 """A small one: the edge of the credit is met often."""

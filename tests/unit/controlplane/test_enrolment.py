@@ -15,6 +15,8 @@ from protocol.messages import Enroll, encode
 from tests.support.control_plane import Moved, running
 from tests.support.fake_runner import Closed, FakeRunner, closing_of, dial, enrolment
 
+pytestmark = pytest.mark.slow
+
 
 async def test_a_join_string_makes_a_runner_with_a_certificate(tmp_path: Path) -> None:
     """Incarnation one, under the name it asked for."""

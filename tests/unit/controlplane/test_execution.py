@@ -18,6 +18,8 @@ from protocol.secretbox import open_secret
 from tests.support.control_plane import Moved, Running, running
 from tests.support.fake_runner import Line, start_of
 
+pytestmark = pytest.mark.slow
+
 
 async def state_of(cp: Running, execution: dict[str, Any]) -> str:
     """The state as it is."""

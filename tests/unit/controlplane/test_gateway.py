@@ -16,6 +16,8 @@ from protocol.messages import Beat, Bye, Hello, Need, Refused, encode
 from tests.support.control_plane import Running, running
 from tests.support.fake_runner import Closed, closing_of, dial
 
+pytestmark = pytest.mark.slow
+
 
 async def lives(cp: Running) -> None:
     """The plane still serves."""

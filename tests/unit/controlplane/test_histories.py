@@ -15,6 +15,8 @@ from protocol.replay import Mark
 from tests.support.control_plane import Running, running
 from tests.support.fake_runner import FakeRunner, Line
 
+pytestmark = pytest.mark.slow
+
 
 async def state_of(cp: Running, execution: dict[str, Any]) -> str:
     """The state as it is."""

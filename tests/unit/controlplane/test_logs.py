@@ -2,7 +2,6 @@
 
 import os
 import struct
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,14 @@ from controlplane.channels import Channels
 from controlplane.logstore import LogStore
 from controlplane.rows import LogRow
 from protocol.frames import DataFrame, encode_data
-from protocol.limits import ACK_AFTER_BYTES, CHANNEL_WINDOW_BYTES, MIB
+from protocol.limits import ACK_AFTER_BYTES, CHANNEL_WINDOW_BYTES
 from protocol.messages import Ack, Gap, LogClosed, LogOpen, Resume
 from protocol.records import RecordKind, records
 from tests.support.control_plane import Running, running
 from tests.support.fake_runner import Line
 from tests.support.log_bytes import LogBytes
+
+pytestmark = pytest.mark.slow
 
 
 async def begun(cp: Running, line: Line) -> tuple[str, LogBytes]:
@@ -317,24 +318,6 @@ async def test_files_are_closed_with_their_channels(tmp_path: Path) -> None:
             while len(os.listdir("/proc/self/fd")) > before:
                 await anyio.sleep(0.01)
         tasks.cancel_scope.cancel()
-
-
-@pytest.mark.slow
-async def test_the_data_path_is_fast_enough(tmp_path: Path) -> None:
-    """256 MiB through the channel into the file; the floor is far below what a quiet machine does (over 1 GB/s)."""
-    store, _ = a_store(tmp_path)
-    total, block = 256 * MIB, os.urandom(64 * 1024)
-    channels = Channels("rn", store, lambda _: "rn", lambda _: None)
-    channels.open(LogOpen(channel=1, attempt="ex.1", first=0))
-    frames = [encode_data(DataFrame(1, offset, block)) for offset in range(0, total, len(block))]
-    began = time.perf_counter()
-    for frame in frames:
-        channels.data(frame)
-    rate = total / (time.perf_counter() - began) / 1e6
-    print(f"{rate:.0f} MB/s")
-    channels.release()
-    await store.flush()
-    assert rate > 100
 
 
 def test_the_fake_runners_log_is_a_log() -> None:

@@ -12,6 +12,8 @@ from protocol.identity import JoinString
 from protocol.keyset import Root, open_keyset
 from tests.support.control_plane import Moved, running
 
+pytestmark = pytest.mark.slow
+
 PATHS = [
     ("GET", "/v1/runners"),
     ("GET", "/v1/executions"),

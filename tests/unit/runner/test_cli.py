@@ -210,14 +210,6 @@ def test_a_look_at_a_running_daemon_is_light(tmp_path: Path, verb: tuple[str, ..
     assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "HEAVY")
 
 
-def test_tables_end_where_their_words_end(run: Callable[..., Result], tmp_path: Path) -> None:
-    """No blanks behind the last column, which a pipe would carry."""
-    AttemptDir(tmp_path / "state", "ex_1.1", argv=("make",)).finish()
-    AttemptDir(tmp_path / "state", "ex_2.1", argv=("make", "a long name")).finish()
-    lines = run("ps", "--all").stdout.splitlines()
-    assert len(lines) == 3 and [line for line in lines if line != line.rstrip()] == []
-
-
 def shell(tmp_path: Path, *args: str, **more: Any) -> "subprocess.Popen[bytes]":
     """The command line as a process."""
     environ = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "LOCAL_RUNNER_STATE_DIR": str(tmp_path / "state")}

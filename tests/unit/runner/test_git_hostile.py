@@ -15,6 +15,8 @@ from runner.errors import Broken, Refused, RunnerError
 from tests.support.repositories import git
 from tests.support.worktrees import Place
 
+pytestmark = pytest.mark.slow
+
 BLNS = Path(__file__).parents[4] / "shared" / "vectors" / "blns" / "blns.json"
 
 REFUSED_KEYS = {

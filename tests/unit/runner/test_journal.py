@@ -39,6 +39,8 @@ from runner.core.plans import WorktreeMade
 from runner.errors import JournalBroken
 from tests.unit.runner.journalrows import LEASE, POLICY, SHIM, attempt, command, item, rows, settlement
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _disarmed() -> Iterator[None]:

@@ -17,6 +17,8 @@ from runner.errors import Broken, Refused, RunnerError
 from tests.support.repositories import git, make_repository, snapshot
 from tests.support.worktrees import Place
 
+pytestmark = pytest.mark.slow
+
 STEPS = ["marker_written", "branch_made", "added", "verified", "ready"]
 
 

@@ -15,6 +15,8 @@ from runner.errors import Refused
 from tests.support.repositories import git
 from tests.support.worktrees import Place
 
+pytestmark = pytest.mark.slow
+
 
 class Crash(BaseException):
     """The daemon ends here."""

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from runner.shim import files, records, wire
 
+pytestmark = pytest.mark.slow
+
 PAYLOAD = st.binary(max_size=300)
 U64 = st.integers(0, (1 << 64) - 1)
 JSON = st.recursive(

@@ -19,6 +19,8 @@ from runner.shim import records, wire
 from runner.shim.spec import Spec, SpecError
 from tests.support.shim import BOOT_ID, ForkServer, Shim, default_spec
 
+pytestmark = pytest.mark.slow
+
 StartShim = Callable[..., Shim]
 
 

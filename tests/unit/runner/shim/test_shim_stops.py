@@ -16,6 +16,8 @@ import pytest
 from runner.shim import system, tree, wire
 from tests.support.shim import Shim, alive, boottime_ms, wait_for
 
+pytestmark = pytest.mark.slow
+
 StartShim = Callable[..., Shim]
 
 STUBBORN = """

@@ -17,6 +17,8 @@ import pytest
 from runner.shim import links, wire
 from tests.support.shim import WAIT_S, Connection, ForkServer, Shim, alive, wait_for
 
+pytestmark = pytest.mark.slow
+
 StartShim = Callable[..., Shim]
 
 

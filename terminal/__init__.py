@@ -1,0 +1,1 @@
+"""What both command lines print to a terminal, and read from the words typed there."""

@@ -1,0 +1,28 @@
+"""Options that both command lines take: a duration, a size, nothing but `--json`."""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import click
+
+from protocol.text import duration_ms, size_bytes
+
+
+class Parsed(click.ParamType[int]):
+    """An option's value that a function of `protocol.text` reads."""
+
+    def __init__(self, name: str, read: Callable[[str], int]) -> None:
+        self.name = name
+        self._read = read
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number that was typed."""
+        try:
+            return value if isinstance(value, int) else self._read(value)
+        except ValueError as exc:
+            self.fail(str(exc), param, ctx)
+
+
+DURATION: Final = Parsed("duration", duration_ms)
+SIZE: Final = Parsed("size", size_bytes)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
