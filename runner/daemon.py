@@ -175,7 +175,8 @@ class Daemon:
                 umask=self._umask,
                 segment_bytes=self._settings.segment_bytes,
                 spool_bytes=self._settings.spool_bytes,
-            )
+            ),
+            on_loss=lambda why: self._log.warning("forkserver.lost", detail=why),
         )
 
     def _worktrees(self, shims: ShimAdapter) -> GitWorktrees:

@@ -10,7 +10,7 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -34,7 +34,9 @@ _ENV: Final = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
 class ForkServer:
     """Forks shims on request. `start` in a running event loop, `close` at the end; shims outlive it."""
 
-    def __init__(self) -> None:
+    def __init__(self, lost: Callable[[str], None] = lambda _why: None) -> None:
+        """`lost` hears why a server had to be replaced: that is never normal, and each time costs a slow start."""
+        self._lost = lost
         self.pid: int | None = None
         self._socket: socket.socket | None = None
         self._replies: dict[int, asyncio.Future[int]] = {}
@@ -63,7 +65,8 @@ class ForkServer:
         try:
             async with self._room:
                 await self._request([dirfd, controller, *locks])
-        except (OSError, TimeoutError):
+        except (OSError, TimeoutError) as exc:
+            self._lost(type(exc).__name__)
             self.close()
             self._fallback([dirfd, controller, *locks])
             with contextlib.suppress(Broken):

@@ -65,10 +65,15 @@ class ShimAdapter:
     settings: ShimSettings
     on_growth: Callable[[str, int], None] = lambda _attempt, _end: None
     """Called when the log of an attempt (by name) has grown to an offset."""
-    _server: ForkServer = field(default_factory=ForkServer)
+    on_loss: Callable[[str], None] = lambda _why: None
+    """Called when the fork server had to be replaced."""
+    _server: ForkServer = field(init=False)
     _held: dict[str, _Held] = field(default_factory=dict)
     _hear: Callable[[ShimEvent], None] = lambda _event: None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(FILE_THREADS, "attempt-files"))
+
+    def __post_init__(self) -> None:
+        self._server = ForkServer(lambda why: self.on_loss(why))
 
     # --- life ---------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import pytest
 
 from controlplane.cli import cli as control_cli
 from runner.cli import cli as runner_cli
+from runner.logs import Event
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 MADE: Final = frozenset({"__pycache__", "build", "dist", "node_modules"})
@@ -216,3 +217,20 @@ def test_every_function_fits_a_screen() -> None:
 def sources() -> list[Path]:
     """Modules that are not tests."""
     return [path for path in files(".py") if not shown(path).startswith("tests/")]
+
+
+def test_every_event_of_the_log_is_listed_and_used() -> None:
+    """Alerts match on the names: what is logged is in the one list, and the list promises nothing that is never logged."""
+    listed = {str(event) for event in Event}
+    code = [text(shown(path)) for path in (ROOT / "runner").rglob("*.py") if path.name != "logs.py"]
+    nouns = "|".join(sorted({name.partition(".")[0] for name in listed}))
+    said = {word for source in code for word in re.findall(rf'"((?:{nouns})\.[a-z_]+)"', source)}
+    said |= {
+        str(event) for event in Event for source in [*code, text("runner/logs.py")] if f"Event.{event.name}" in source
+    }
+    assert listed - said == set()
+    assert {
+        word
+        for source in code
+        for word in re.findall(r'(?:Note|note|info|warning|error)\(\s*"([a-z]+\.[a-z_]+)"', source)
+    } <= listed

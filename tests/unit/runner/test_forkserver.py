@@ -14,12 +14,15 @@ from runner.adapters.forkserver import ForkServer
 CROWD = 64
 """As many attempts as a control plane may start at once."""
 WAIT_S = 20.0
+LOST: list[str] = []
+"""Why servers had to be replaced."""
 
 
 @pytest.fixture
 async def server() -> AsyncIterator[ForkServer]:
     """A running fork server."""
-    made = ForkServer()
+    made = ForkServer(LOST.append)
+    LOST.clear()
     made.start()
     yield made
     made.close()
@@ -48,7 +51,7 @@ async def test_a_crowd_of_requests_is_answered_by_one_server(server: ForkServer,
     before = server.pid
     words = await asyncio.gather(*(ask(server, tmp_path, str(number)) for number in range(CROWD)))
     assert all(words)
-    assert server.pid == before
+    assert (server.pid, LOST) == (before, [])
 
 
 async def test_a_server_that_dies_is_replaced_and_no_request_is_lost(server: ForkServer, tmp_path: Path) -> None:
@@ -58,4 +61,5 @@ async def test_a_server_that_dies_is_replaced_and_no_request_is_lost(server: For
     os.kill(before, signal.SIGKILL)
     assert await ask(server, tmp_path, "orphan")
     assert server.pid not in (None, before)
+    assert LOST
     assert await ask(server, tmp_path, "next")

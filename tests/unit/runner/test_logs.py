@@ -138,7 +138,7 @@ def test_a_traceback_is_written_safely(stderr: Lines, form: str) -> None:
     try:
         raise ValueError("\x1b[31mred\nnext")
     except ValueError:
-        logs.logger().error(Event.SHIM_FAILED, exc_info=True)
+        logs.logger().error(Event.JOURNAL_BROKEN, exc_info=True)
     text = stderr.getvalue()
     assert "ValueError" in text
     assert "\x1b" not in text
