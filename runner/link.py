@@ -38,6 +38,7 @@ from runner.core.effects import SendBeat
 from runner.core.inputs import EnvelopeReceived, SessionDown, SessionUp
 from runner.ports import Clock, Journal
 from runner.pump import Pump
+from runner.wakeup import Wakeup
 
 SAID_MAX: Final = 1024
 """Unsent `need` and `refused` messages: a flood of refused envelopes must not fill memory; the oldest go first."""
@@ -80,7 +81,7 @@ class Link:
         self._note = note
         self._session: RunnerSession | None = None
         self._said: deque[Message] = deque(maxlen=SAID_MAX)
-        self._wake = anyio.Event()
+        self._wake = Wakeup()
         self._caught_up = False
         self._behind = False
         self._again: list[int] = []
@@ -229,8 +230,7 @@ class Link:
                 await self._refill()
                 if not await self._send_some(connection):
                     # A silence sends again what nobody answered.
-                    with anyio.move_on_after(RETRY_MS / 1000 if self._waiting else None):
-                        await self._wake.wait()
+                    await self._wake.wait(RETRY_MS / 1000 if self._waiting else None)
         except ConnectionLost:
             return
 
@@ -240,7 +240,7 @@ class Link:
 
     async def _send_some(self, connection: PlaneConnection) -> bool:
         """Send what is due; False when there was nothing. Control first, then data until there is something to say."""
-        self._wake = anyio.Event()
+        self._wake.clear()
         session = self._session
         assert session is not None, "writing goes on only within a session"
         sent = False
@@ -253,7 +253,7 @@ class Link:
                 return sent
             await connection.send(frame)
             sent = True
-            if self._wake.is_set():
+            if self._wake.due:
                 break
         return sent
 

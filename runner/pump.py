@@ -8,14 +8,13 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-import anyio
-
 from protocol.identity import Certificate
 from protocol.replay import Mark
 from runner.core.effects import Effect, Persist
 from runner.core.engine import Engine
 from runner.core.inputs import Input, Tick
 from runner.ports import Clock, Journal
+from runner.wakeup import Wakeup
 
 TURN_INPUTS_MAX: Final = 256
 """Inputs of one turn: one transaction stays small enough that nobody waits long for it."""
@@ -51,8 +50,8 @@ class Pump:
         self._clock = clock
         self._hands = hands
         self._inputs: deque[Input] = deque()
-        self._filled = anyio.Event()
-        self._emptied = anyio.Event()
+        self._filled = Wakeup()
+        self._emptied = Wakeup()
         self.footing = self._stand()
 
     def put(self, happened: Input) -> None:
@@ -63,7 +62,7 @@ class Pump:
     async def room(self) -> None:
         """Wait until inputs from the network may be put."""
         while len(self._inputs) >= INPUTS_MAX:
-            self._emptied = anyio.Event()
+            self._emptied.clear()
             await self._emptied.wait()
 
     async def perform(self, effects: list[Effect]) -> None:
@@ -100,8 +99,7 @@ class Pump:
             self._inputs.appendleft(Tick())
         if self._inputs:
             return
-        self._filled = anyio.Event()
-        with anyio.move_on_after(delay_s):
-            await self._filled.wait()
-            return
-        self._inputs.append(Tick())
+        self._filled.clear()
+        await self._filled.wait(delay_s)
+        if not self._inputs:
+            self._inputs.append(Tick())
