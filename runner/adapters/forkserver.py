@@ -62,15 +62,20 @@ class ForkServer:
 
     async def fork(self, dirfd: int, controller: int, locks: Sequence[int] = ()) -> None:
         """Fork a shim that owns these fds (all stay open here). Raises Broken when not even the slow way works."""
-        try:
-            async with self._room:
+        self._reap()
+        async with self._room:
+            asked = self._socket
+            try:
                 await self._request([dirfd, controller, *locks])
-        except (OSError, TimeoutError) as exc:
-            self._lost(type(exc).__name__)
-            self.close()
-            self._fallback([dirfd, controller, *locks])
-            with contextlib.suppress(Broken):
-                self.start()
+            except (OSError, TimeoutError) as exc:
+                self._lost(type(exc).__name__)
+                if self._socket is asked:
+                    self.close()
+                self._fallback([dirfd, controller, *locks])
+                if self._socket is None:
+                    # Else another request that failed with it has started the next one already.
+                    with contextlib.suppress(Broken):
+                        self.start()
 
     def close(self) -> None:
         """Let the server go; it exits when it sees the end of its socket."""
@@ -121,7 +126,6 @@ class ForkServer:
             waiting.set_result(result)
 
     def _fallback(self, fds: Sequence[int]) -> None:
-        self._reap()
         try:
             self._children.append(_spawn("shim", fds))
         except OSError as exc:

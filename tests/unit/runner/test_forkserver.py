@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.adapters.forkserver import ForkServer
+from runner.adapters.forkserver import REQUESTS_MAX, ForkServer
 
 CROWD = 64
 """As many attempts as a control plane may start at once."""
@@ -63,3 +63,24 @@ async def test_a_server_that_dies_is_replaced_and_no_request_is_lost(server: For
     assert server.pid not in (None, before)
     assert LOST
     assert await ask(server, tmp_path, "next")
+
+
+async def test_requests_that_fail_together_start_one_server(server: ForkServer, tmp_path: Path) -> None:
+    """All of them are served, and the one that comes after the first leaves the new server alone."""
+    before = server.pid
+    assert before is not None
+    started = []
+    start = server.start
+
+    def counting() -> None:
+        start()
+        started.append(server.pid)
+
+    server.start = counting  # type: ignore[method-assign]
+    os.kill(before, signal.SIGSTOP)
+    asked = [asyncio.ensure_future(ask(server, tmp_path, str(number))) for number in range(REQUESTS_MAX)]
+    while len(server._replies) < REQUESTS_MAX:
+        await asyncio.sleep(0)
+    os.kill(before, signal.SIGKILL)
+    assert all(await asyncio.gather(*asked))
+    assert started == [server.pid]
