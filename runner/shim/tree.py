@@ -27,7 +27,6 @@ ENVIRON_BYTES_MAX: Final = 4_194_304
 END_RETRY_S: Final = 0.02
 # Pids that were taken and given back without a fork being counted, when a fork failed half-way.
 PIDS_SPARE: Final = 2048
-_READ_BYTES: Final = 65_536
 
 
 class Process:
@@ -119,10 +118,10 @@ class Tree:
         except OSError:
             return False
         try:
-            data = os.read(fd, _READ_BYTES)
+            data = os.read(fd, system.READ_BYTES)
             whole = data
-            while len(data) == _READ_BYTES and len(whole) < ENVIRON_BYTES_MAX:
-                data = os.read(fd, _READ_BYTES)
+            while len(data) == system.READ_BYTES and len(whole) < ENVIRON_BYTES_MAX:
+                data = os.read(fd, system.READ_BYTES)
                 whole += data
         except OSError:
             return False
@@ -191,18 +190,9 @@ def _children(pid: int) -> list[int]:
         return children
     for thread in threads:
         try:
-            fd = os.open(f"/proc/{pid}/task/{thread}/children", os.O_RDONLY | os.O_CLOEXEC)
+            data = system.read_whole(f"/proc/{pid}/task/{thread}/children")
         except OSError:
             continue
-        try:
-            data = chunk = os.read(fd, _READ_BYTES)
-            while chunk:
-                chunk = os.read(fd, _READ_BYTES)
-                data += chunk
-        except OSError:
-            continue
-        finally:
-            os.close(fd)
         children.extend(int(each) for each in data.split())
     return children
 
