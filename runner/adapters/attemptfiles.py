@@ -21,7 +21,7 @@ SPEC_BYTES_MAX: Final = 256 * 1024
 FILE_BYTES_MAX: Final = 64 * 1024
 """Both are bounds of the file format (docs/shim.md §1): a longer file is none of ours."""
 _NAME: Final = re.compile(r"(?P<execution>[A-Za-z0-9_-]{1,64})\.(?P<token>[1-9][0-9]{0,15})")
-_SEGMENT: Final = re.compile(r"[0-9a-f]{16}\.seg")
+_SEGMENT: Final = re.compile(r"([0-9a-f]{16})\.seg")
 _GIT_PREFIX: Final = "g-"
 
 
@@ -91,11 +91,27 @@ def read_attempt(directory: Path) -> AttemptFiles:
 
 def written_end(directory: Path) -> int | None:
     """The offset at which the log of an attempt ends now, as its files say; None where there is none."""
+    log_dir = directory / LOG_DIR
     try:
-        last = max(name for name in os.listdir(directory / LOG_DIR) if _SEGMENT.fullmatch(name))
-        return int(last[:16], 16) + (directory / LOG_DIR / last).stat().st_size
-    except (OSError, ValueError):
+        last = max(segment_bases(log_dir), default=None)
+        return None if last is None else last + (log_dir / segment_name(last)).stat().st_size
+    except OSError:
         return None
+
+
+def segment_bases(log_dir: Path) -> list[int]:
+    """Offsets at which the segments of a log begin, in order; none where there is no directory. Raises OSError."""
+    try:
+        names = os.listdir(log_dir)
+    except FileNotFoundError:
+        return []
+    # The child's own user owns the directory: whatever else it has put there is no segment.
+    return sorted(int(match[1], 16) for name in names if (match := _SEGMENT.fullmatch(name)))
+
+
+def segment_name(base: int) -> str:
+    """The file of the segment that begins at an offset (docs/shim.md §3)."""
+    return f"{base:016x}.seg"
 
 
 def is_alive(directory: Path) -> bool:

@@ -4,7 +4,6 @@ Theory of operation. Whether the attempt can still write is asked *before* its l
 was read is all there is. The files are looked at every POLL_S while there is nothing new.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from typing import Any, Final
 
 from protocol.limits import DATA_SLICE_BYTES_MAX
 from protocol.records import Record, records
-from runner.adapters.attemptfiles import read_attempt
-from runner.adapters.spool import SEGMENT_SUFFIX, Hole, SpoolReader
+from runner.adapters.attemptfiles import LOG_DIR, read_attempt, segment_bases
+from runner.adapters.spool import Hole, SpoolReader
 
 POLL_S: Final = 0.05
 """Between two looks at a silent log: inotify is not in the standard library, a person sees no delay below 100 ms, and
@@ -54,8 +53,8 @@ def view_log(
         RemoteError: BAD_FRAME when the log is damaged.
         OSError: the disk failed.
     """
-    reader = SpoolReader(directory / "log")
-    at = _boundary(directory / "log", offset)
+    reader = SpoolReader(directory / LOG_DIR)
+    at = _boundary(directory / LOG_DIR, offset)
     waited = 0.0
     try:
         while True:
@@ -90,9 +89,4 @@ def _drain(reader: SpoolReader, at: int) -> Iterator[Record | Missing]:
 
 def _boundary(log_dir: Path, offset: int) -> int:
     """Where to begin so that records are met whole: the start of the segment that holds `offset`."""
-    try:
-        names = [name for name in os.listdir(log_dir) if name.endswith(SEGMENT_SUFFIX)]
-    except FileNotFoundError:
-        return 0
-    bases = [int(name.removesuffix(SEGMENT_SUFFIX), 16) for name in names]
-    return max((base for base in bases if base <= offset), default=0)
+    return max((base for base in segment_bases(log_dir) if base <= offset), default=0)

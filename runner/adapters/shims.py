@@ -27,7 +27,7 @@ from runner.adapters.attemptdir import (
     spec_of,
     still_held,
 )
-from runner.adapters.attemptfiles import attempt_directories, read_attempt
+from runner.adapters.attemptfiles import LOG_DIR, attempt_directories, read_attempt
 from runner.adapters.exitrecord import parse_exit
 from runner.adapters.forkserver import ForkServer
 from runner.adapters.shimlink import ShimLink, identity
@@ -351,4 +351,4 @@ class ShimAdapter:
 
     def log_dir(self, name: str) -> Path:
         """Where the log segments of an attempt are."""
-        return self.settings.root / name / "log"
+        return self.settings.root / name / LOG_DIR

@@ -1,17 +1,13 @@
 """The logs of attempts on disk, read by offset: segments written by shims, holes between them as gaps (docs/shim.md §3)."""
 
 import os
-import re
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from protocol.errors import RemoteError
 from protocol.limits import RECORD_HEADER_BYTES
 from protocol.records import whole_prefix
-
-SEGMENT_SUFFIX: Final = ".seg"
-_NAME_DIGITS: Final = 16
-_SEGMENT: Final = re.compile(rf"([0-9a-f]{{{_NAME_DIGITS}}}){re.escape(SEGMENT_SUFFIX)}")
+from runner.adapters.attemptfiles import segment_bases, segment_name
 
 
 class Slice(NamedTuple):
@@ -92,16 +88,11 @@ class SpoolReader:
 
     def _open(self, base: int) -> None:
         self.close()
-        self._fd = os.open(self._dir / f"{base:0{_NAME_DIGITS}x}{SEGMENT_SUFFIX}", os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = os.open(self._dir / segment_name(base), os.O_RDONLY | os.O_CLOEXEC)
         self._base = base
 
     def _list(self) -> None:
-        try:
-            names = os.listdir(self._dir)
-        except FileNotFoundError:
-            names = []
-        # The child's own user owns the directory: whatever else it has put there is no segment.
-        self._bases = sorted(int(match[1], 16) for name in names if (match := _SEGMENT.fullmatch(name)))
+        self._bases = segment_bases(self._dir)
 
 
 __all__ = ["Hole", "RemoteError", "Slice", "SpoolReader"]

@@ -8,6 +8,7 @@ from typing import Final
 from protocol.errors import Reason
 from protocol.records import RecordKind, records
 from runner.adapters.attemptdir import clear, exit_of, still_held, tool_spec
+from runner.adapters.attemptfiles import LOG_DIR
 from runner.adapters.shims import ShimAdapter
 from runner.adapters.spool import Hole, SpoolReader
 from runner.core.plans import ExitRecord
@@ -65,7 +66,7 @@ def _tool_exit(directory: Path, record: ExitRecord | None) -> ToolExit:
     if record.verdict != "exited" or record.code is None:
         reason = Reason.GIT_FAILED if record.verdict != "never_started" else Reason.SPAWN_FAILED
         raise Broken(reason, f"a tool did not end by itself: {record.verdict} {record.cause_detail}"[:200])
-    stdout, stderr, truncated = _streams(directory / "log")
+    stdout, stderr, truncated = _streams(directory / LOG_DIR)
     return ToolExit(record.code, stdout, stderr, truncated)
 
 

@@ -14,6 +14,7 @@ from protocol.errors import Reason, RemoteError
 from protocol.frames import data_header
 from protocol.limits import CHANNELS_MAX, DATA_SLICE_BYTES_MAX
 from protocol.messages import Ack, Gap, LogClosed, LogOpen, Resume
+from runner.adapters.attemptfiles import LOG_DIR
 from runner.adapters.spool import Hole, SpoolReader
 from runner.errors import Broken
 
@@ -81,7 +82,7 @@ class Uplink:
         number = next((free for free in range(CHANNELS_MAX) if free not in self._numbers), None)
         if number is None:
             raise Broken(Reason.CAPACITY, "too many logs are on their way up")
-        channel = _Channel(name, number, directory, SpoolReader(directory / "log"), finished=finished)
+        channel = _Channel(name, number, directory, SpoolReader(directory / LOG_DIR), finished=finished)
         self._channels[name] = channel
         self._numbers[number] = channel
         if self._connected:

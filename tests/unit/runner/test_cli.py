@@ -356,3 +356,15 @@ def test_colours_are_for_terminals_that_want_them(run: Callable[..., Result], tm
         assert "\x1b[1m" in run("status", color=True).stdout
         assert "\x1b" not in run("status", color=True, env={"NO_COLOR": "1"}).stdout
         assert "\x1b" not in run("status").stdout
+
+
+def test_a_file_that_is_no_segment_does_not_stop_the_reader(tmp_path: Path) -> None:
+    """The child's own user may put anything beside the segments."""
+    made = AttemptDir(tmp_path / "state")
+    made.write(b"said\n")
+    made.finish()
+    for name in ("gggggggggggggggg.seg", "0.seg", "notes"):
+        (made.path / "log" / name).write_text("not ours")
+    with shell(tmp_path, "logs", "ex_1", stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert (process.stdout.read(), process.wait(30)) == (b"said\n", 0)
