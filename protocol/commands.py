@@ -237,7 +237,19 @@ class LeaseRelease(Closed):
     token: Positive
 
 
-Args = ExecutionStart | ExecutionStop | WorktreeCreate | WorktreeRemove | LeaseRelease
+class LeaseAcquire(Closed):
+    """Give a living attempt the lease in the header, under a higher token than it had: it is thawed and goes on."""
+
+    execution_id: Id
+    start_token: Positive
+
+    @property
+    def attempt(self) -> Attempt:
+        """The attempt that is to hold it."""
+        return Attempt(ExecutionId(self.execution_id), FencingToken(self.start_token))
+
+
+Args = ExecutionStart | ExecutionStop | WorktreeCreate | WorktreeRemove | LeaseRelease | LeaseAcquire
 
 
 class Kind(StrEnum):
@@ -248,6 +260,7 @@ class Kind(StrEnum):
     WORKTREE_CREATE = "worktree.create"
     WORKTREE_REMOVE = "worktree.remove"
     LEASE_RELEASE = "lease.release"
+    LEASE_ACQUIRE = "lease.acquire"
 
 
 ARGS: Final[Mapping[str, type[Args]]] = MappingProxyType(
@@ -257,6 +270,7 @@ ARGS: Final[Mapping[str, type[Args]]] = MappingProxyType(
         Kind.WORKTREE_CREATE: WorktreeCreate,
         Kind.WORKTREE_REMOVE: WorktreeRemove,
         Kind.LEASE_RELEASE: LeaseRelease,
+        Kind.LEASE_ACQUIRE: LeaseAcquire,
     }
 )
 STREAM_OF: Final[Mapping[str, Stream]] = MappingProxyType(
@@ -266,6 +280,7 @@ STREAM_OF: Final[Mapping[str, Stream]] = MappingProxyType(
         Kind.WORKTREE_CREATE: Stream.CTL,
         Kind.WORKTREE_REMOVE: Stream.CTL,
         Kind.LEASE_RELEASE: Stream.SAFETY,
+        Kind.LEASE_ACQUIRE: Stream.CTL,
     }
 )
 

@@ -43,6 +43,11 @@ class Reason(StrEnum):
     RATE_LIMITED = "RATE_LIMITED"
     CAPACITY = "CAPACITY"
     DRAINING = "DRAINING"
+    PAUSED = "PAUSED"
+    DISK_LOW = "DISK_LOW"
+    INODES_LOW = "INODES_LOW"
+    MEMORY_LOW = "MEMORY_LOW"
+    FDS_LOW = "FDS_LOW"
     CANCELLED_BEFORE_START = "CANCELLED_BEFORE_START"
     DUPLICATE_ATTEMPT = "DUPLICATE_ATTEMPT"
     UNKNOWN_TARGET = "UNKNOWN_TARGET"
@@ -73,6 +78,7 @@ class Reason(StrEnum):
     DISK_FULL = "DISK_FULL"
     REBOOT = "REBOOT"
     SHIM_LOST = "SHIM_LOST"
+    SHIM_HUNG = "SHIM_HUNG"
     INFRA = "INFRA"
     # the session
     BAD_FRAME = "BAD_FRAME"
@@ -82,6 +88,7 @@ class Reason(StrEnum):
     UNKNOWN_RUNNER = "UNKNOWN_RUNNER"
     BAD_JOIN_TOKEN = "BAD_JOIN_TOKEN"  # noqa: S105 - a reason code, no secret
     SESSION_REPLACED = "SESSION_REPLACED"
+    IDENTITY_CONFLICT = "IDENTITY_CONFLICT"
     SLOW_PEER = "SLOW_PEER"
     GOING_AWAY = "GOING_AWAY"
 
@@ -96,6 +103,7 @@ class CloseCode(IntEnum):
     BAD_PROOF = 4401
     UNSUPPORTED_VERSION = 4406
     SESSION_REPLACED = 4409
+    IDENTITY_CONFLICT = 4423
     UNKNOWN_RUNNER = 4404
     TIMEOUT = 4508
     SLOW_PEER = 4513
@@ -108,7 +116,13 @@ class CloseCode(IntEnum):
 
 
 _PERMANENT: Final = frozenset(
-    {CloseCode.BAD_PROOF, CloseCode.UNSUPPORTED_VERSION, CloseCode.UNKNOWN_RUNNER, CloseCode.SESSION_REPLACED}
+    {
+        CloseCode.BAD_PROOF,
+        CloseCode.UNSUPPORTED_VERSION,
+        CloseCode.UNKNOWN_RUNNER,
+        CloseCode.SESSION_REPLACED,
+        CloseCode.IDENTITY_CONFLICT,
+    }
 )
 
 

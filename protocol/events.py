@@ -16,6 +16,13 @@ class EventKind(StrEnum):
     ATTEMPT_ADOPTED = "attempt.adopted"
     ORPHAN_SWEPT = "orphan.swept"
     POLICY_CHANGED = "policy.changed"
+    ATTEMPT_UNKNOWN = "attempt.unknown"
+    """The control plane does not know an attempt that lives here."""
+    ATTEMPT_UNKILLABLE = "attempt.unkillable"
+    SHIM_HUNG = "shim.hung"
+    ADMISSION_CHANGED = "admission.changed"
+    IDENTITY_CONFLICT = "identity.conflict"
+    LEASE_LOST = "lease.lost"
 
 
 class Event(Open):

@@ -20,7 +20,7 @@ from protocol.identity import Certificate, HelloClaims, StreamMark, WelcomeClaim
 from protocol.ids import Digest
 from protocol.keys import PrivateKey, PublicKey
 from protocol.keyset import Keyset, Role, Root, newer, open_keyset
-from protocol.messages import PROTOCOL_VERSION, Challenge, Hello, Message, Proof, Welcome
+from protocol.messages import PROTOCOL_VERSION, Challenge, Hello, Message, Proof, Purpose, Welcome
 from protocol.replay import Mark
 
 
@@ -71,6 +71,9 @@ class Standing:
     platform: str
     hostname: str = ""
     attempts: int = 0
+    instance: str = ""
+    dial: int = 0
+    purpose: Purpose = "session"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +108,7 @@ class RunnerHandshake:
         assert self.step is RunnerStep.IDLE, "a handshake is used once"
         self.step = RunnerStep.GREETED
         certificate = self.standing.certificate
-        return Hello(org=certificate.org, runner=certificate.runner, nonce=self.nonce)
+        return Hello(org=certificate.org, runner=certificate.runner, nonce=self.nonce, purpose=self.standing.purpose)
 
     def receive(self, message: Message) -> Proof | Established:
         """Take the plane's next message. Raises RemoteError; then the connection is to be closed."""
@@ -141,6 +144,9 @@ class RunnerHandshake:
             platform=mine.platform,
             hostname=mine.hostname,
             attempts=mine.attempts,
+            instance=mine.instance,
+            dial=mine.dial,
+            purpose=mine.purpose,
         )
         return Proof(env=seal(claims.dump(), PayloadType.HELLO, [mine.key]).decode())
 
@@ -233,6 +239,8 @@ class PlaneHandshake:
             raise _unproven("the proof answers another handshake")
         if (claims.org, claims.runner) != (self.hello.org, self.hello.runner):
             raise _unproven("the proof is of another runner")
+        if claims.purpose != self.hello.purpose:
+            raise _unproven("the proof is for another purpose")
         return claims
 
     def _advance(self, message: Message) -> None:

@@ -11,7 +11,7 @@ from protocol.limits import (
     BEAT_INTERVAL_MS_MIN,
     LABELS_MAX,
 )
-from protocol.messages import Nonce
+from protocol.messages import Nonce, Purpose
 from protocol.wire import Count, DigestText, FormatOne, Id, Millis, Open, Positive
 
 KeyText = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{43}$")]
@@ -46,6 +46,11 @@ class HelloClaims(Open):
     hostname: ShortText = ""
     attempts: Count = 0
     """Living attempts, whatever started them."""
+    instance: Annotated[str, Field(pattern=r"^([A-Za-z0-9_-]{22})?$")] = ""
+    """Random for each start of a daemon; with `dial` it tells two machines apart that hold one key."""
+    dial: Count = 0
+    """How often this instance has dialled: it only rises."""
+    purpose: Purpose = "session"
 
 
 class WelcomeClaims(Open):

@@ -12,9 +12,13 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
+from zlib import crc32
 
 from protocol.commands import LeaseGrant, OnLoss
 from protocol.limits import KILL_WAIT_MS, LEASE_MARGIN_MS, REGRANT_DELAY_MS
+
+RENEW_JITTER_PERCENT: Final = 10
+"""Of a third of the ttl."""
 
 
 class LeaseState(StrEnum):
@@ -35,6 +39,8 @@ class LeaseInput(StrEnum):
     DEADLINE = "deadline"
     RELEASE = "release"
     SUPERSEDE = "supersede"
+    ACQUIRE = "acquire"
+    """A signed grant under a higher token, to the same attempt."""
 
 
 TRANSITIONS: Final[Mapping[tuple[LeaseState, LeaseInput], LeaseState]] = MappingProxyType(
@@ -43,11 +49,14 @@ TRANSITIONS: Final[Mapping[tuple[LeaseState, LeaseInput], LeaseState]] = Mapping
         (LeaseState.HELD, LeaseInput.DEADLINE): LeaseState.LOST,
         (LeaseState.HELD, LeaseInput.RELEASE): LeaseState.RELEASED,
         (LeaseState.HELD, LeaseInput.SUPERSEDE): LeaseState.FENCED,
+        (LeaseState.HELD, LeaseInput.ACQUIRE): LeaseState.HELD,
         (LeaseState.LOST, LeaseInput.DEADLINE): LeaseState.LOST,
         (LeaseState.LOST, LeaseInput.RELEASE): LeaseState.RELEASED,
         (LeaseState.LOST, LeaseInput.SUPERSEDE): LeaseState.FENCED,
+        (LeaseState.LOST, LeaseInput.ACQUIRE): LeaseState.HELD,
         (LeaseState.RELEASED, LeaseInput.RELEASE): LeaseState.RELEASED,
         (LeaseState.RELEASED, LeaseInput.SUPERSEDE): LeaseState.FENCED,
+        (LeaseState.RELEASED, LeaseInput.ACQUIRE): LeaseState.HELD,
         (LeaseState.FENCED, LeaseInput.RELEASE): LeaseState.FENCED,
         (LeaseState.FENCED, LeaseInput.SUPERSEDE): LeaseState.FENCED,
     }
@@ -65,6 +74,8 @@ class Lease:
     on_loss: OnLoss
     deadline_ms: int
     state: LeaseState = LeaseState.HELD
+    boot_id: str = ""
+    """The boot whose clock `deadline_ms` is of."""
 
     def step(self, happened: LeaseInput) -> "Lease":
         """The lease after `happened`; the same one where the table has no row."""
@@ -75,6 +86,13 @@ class Lease:
         if token != self.token or self.state is not LeaseState.HELD:
             return self
         return replace(self, ttl_ms=ttl_ms, deadline_ms=max(self.deadline_ms, sent_ms + ttl_ms))
+
+    def acquired(self, token: int, ttl_ms: int, on_loss: OnLoss, deadline_ms: int) -> "Lease":
+        """After a grant of `token` to the same attempt: it must be higher than ours, also for the same holder."""
+        after = TRANSITIONS.get((self.state, LeaseInput.ACQUIRE))
+        if token <= self.token or after is None:
+            return self
+        return replace(self, token=token, ttl_ms=ttl_ms, on_loss=on_loss, deadline_ms=deadline_ms, state=after)
 
     def superseded(self, token: int) -> "Lease":
         """After word of a holder with `token`: fenced when it is higher than ours."""
@@ -90,11 +108,13 @@ class Lease:
 
     @property
     def renew_at_ms(self) -> int:
-        """When a renewal is due: with two thirds of the ttl left."""
-        return self.deadline_ms - self.ttl_ms + self.ttl_ms // 3
+        """When a renewal is due: with two thirds of the ttl left, give or take RENEW_JITTER so that leases do not march in step."""
+        begun_ms = self.deadline_ms - self.ttl_ms
+        percent = crc32(f"{self.res} {self.token} {begun_ms}".encode()) % (2 * RENEW_JITTER_PERCENT + 1)
+        return begun_ms + self.ttl_ms * (100 - RENEW_JITTER_PERCENT + percent) // 300
 
 
-def granted(grant: LeaseGrant, received_ms: int, in_transit_ms: int) -> Lease:
+def granted(grant: LeaseGrant, received_ms: int, in_transit_ms: int, boot_id: str = "") -> Lease:
     """The lease of a command that was received at `received_ms` (BOOTTIME) after at most `in_transit_ms` under way."""
     return Lease(
         res=grant.res,
@@ -102,6 +122,7 @@ def granted(grant: LeaseGrant, received_ms: int, in_transit_ms: int) -> Lease:
         ttl_ms=grant.ttl_ms,
         on_loss=grant.on_loss,
         deadline_ms=received_ms - max(in_transit_ms, 0) + grant.ttl_ms,
+        boot_id=boot_id,
     )
 
 

@@ -79,6 +79,14 @@ LEASE_TTL_MS_MAX: Final = 24 * 60 * 60 * 1000
 """A holder that is gone blocks its resource no longer than a day."""
 LEASE_MARGIN_MS: Final = 5 * 1000
 """Stopping at lease loss is over this long before the deadline."""
+RECONCILE_MS: Final = 30 * 1000
+"""Both sides compare their full lists this often, on connecting and after a wake: no lost message matters for longer."""
+WAKE_GAP_MS: Final = 5 * 1000
+"""CLOCK_BOOTTIME ahead of CLOCK_MONOTONIC by this much more than before: the machine slept."""
+WAKE_WAIT_MS: Final = 30 * 1000
+"""After a wake leases are renewed first; what cannot be taken back waits for so long."""
+FROZEN_MS_MAX: Final = 15 * 60 * 1000
+"""A frozen attempt whose lease nobody gives back is ended: its memory is wanted by others."""
 REGRANT_DELAY_MS: Final = 15 * 1000
 """The control plane grants a resource anew no earlier than this after its own grant ran out."""
 GRACE_MS: Final = 10 * 1000
@@ -113,8 +121,10 @@ SPOOL_BYTES_PER_EXECUTION: Final = 1024 * MIB
 """Output kept while the plane does not take it; beyond it head, tail and a gap are kept."""
 BEAT_LEASES_MAX: Final = 1024
 """Leases and attempts that one beat can name, and one answer can renew."""
-HINTS_MAX: Final = 256
-"""Hints in one answer; the rest comes with the next."""
+HINTS_MAX: Final = 512
+"""Hints in one answer: with the longest names they fill half a frame; the rest comes with the next."""
+FETCH_ITEMS_MAX: Final = 64
+"""Commands that one `fetch` names; whatever else is missing is asked for after the next answer."""
 
 assert PAYLOAD_BYTES_MAX * 4 // 3 + SIGNATURES_MAX * 256 <= ENVELOPE_BYTES_MAX < FRAME_BYTES_MAX
 assert REPORT_BYTES_MAX < FRAME_BYTES_MAX

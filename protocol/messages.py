@@ -17,6 +17,7 @@ from protocol.limits import (
     BEAT_INTERVAL_MS_MIN,
     BEAT_LEASES_MAX,
     ENVELOPE_BYTES_MAX,
+    FETCH_ITEMS_MAX,
     FRAME_BYTES_MAX,
     HINTS_MAX,
     REPORT_ITEMS_MAX,
@@ -27,6 +28,8 @@ PROTOCOL_VERSION: Final = 1
 SUBPROTOCOL: Final = "local-runner.v1"
 EnvelopeText = Annotated[str, Field(min_length=2, max_length=ENVELOPE_BYTES_MAX)]
 Nonce = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{43}$")]
+Purpose = Literal["session", "renew"]
+"""What a connection is for: `renew` carries beats only, beside the session, when that is starved."""
 AttemptName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}\.[1-9][0-9]{0,15}$")]
 
 
@@ -39,6 +42,7 @@ class Hello(Open):
     org: Id
     runner: Id
     nonce: Nonce
+    purpose: Purpose = "session"
 
 
 class Challenge(Open):
@@ -95,6 +99,13 @@ class Need(Open):
 
     t: Literal["need"] = "need"
     seq: Positive
+
+
+class Fetch(Open):
+    """runner → plane: send these commands again now; a hint named them and they never came."""
+
+    t: Literal["fetch"] = "fetch"
+    cmd_ids: Annotated[list[Id], Field(min_length=1, max_length=FETCH_ITEMS_MAX)]
 
 
 class Refused(Open):
@@ -154,13 +165,20 @@ class HeldLease(Open):
 
 
 class Beat(Open):
-    """runner → plane: alive, accepted `ctl` up to `hw`, and these leases are held."""
+    """runner → plane: alive, accepted `ctl` up to `hw`, these leases are held, these attempts live.
+
+    `full`: both lists are whole, so what is not in them is not there. `lost`: leases whose deadline passed while their attempt
+    lives on. `admission`: whether new work is taken.
+    """
 
     t: Literal["beat"] = "beat"
     n: Positive
     hw: Count
     leases: Annotated[list[HeldLease], Field(max_length=BEAT_LEASES_MAX)] = []
     attempts: Annotated[list[AttemptName], Field(max_length=BEAT_LEASES_MAX)] = []
+    lost: Annotated[list[HeldLease], Field(max_length=BEAT_LEASES_MAX)] = []
+    full: bool = False
+    admission: Annotated[str, Field(pattern=r"^[a-z_]{1,32}$")] = "open"
 
 
 class Renewal(Open):
@@ -189,6 +207,8 @@ class Beaten(Open):
     beat_ms: Annotated[int, Field(ge=BEAT_INTERVAL_MS_MIN, le=BEAT_INTERVAL_MS_MAX)]
     leases: Annotated[list[Renewal], Field(max_length=BEAT_LEASES_MAX)] = []
     hints: Annotated[list[Hint], Field(max_length=HINTS_MAX)] = []
+    full: bool = False
+    """The answer to a full beat: every attempt the plane knows to be the runner's has a hint."""
 
 
 class LogOpen(Open):
@@ -243,7 +263,7 @@ class Bye(Open):
     detail: Detail = ""
 
 
-FromRunner = Hello | Proof | Enroll | Need | Refused | Report | Beat | LogOpen | Gap | LogClosed | Bye
+FromRunner = Hello | Proof | Enroll | Need | Fetch | Refused | Report | Beat | LogOpen | Gap | LogClosed | Bye
 FromPlane = Challenge | Welcome | Enrolled | CommandFrame | Reported | Beaten | Resume | Ack | Bye
 Message = FromRunner | FromPlane
 

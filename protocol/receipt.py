@@ -58,6 +58,8 @@ class Verdict(StrEnum):
     STOPPED = "stopped"
     TIMED_OUT = "timed_out"
     LOST = "lost"
+    FENCED = "fenced"
+    """A later attempt of the execution took its place."""
     NEVER_STARTED = "never_started"
 
 
@@ -101,6 +103,16 @@ class Sweep(Open):
     count: Count
 
 
+class Process(Open):
+    """A process that was left alive: `why` it could not or was not to be ended, `state` and `wchan` as the kernel tells."""
+
+    pid: Positive
+    name: Annotated[str, Field(max_length=64)] = ""
+    state: Annotated[str, Field(max_length=8)] = ""
+    wchan: Annotated[str, Field(max_length=64)] = ""
+    why: Annotated[str, Field(max_length=32)] = ""
+
+
 class Settlement(Open):
     """The signed last word on one attempt."""
 
@@ -126,6 +138,14 @@ class Settlement(Open):
     drain: Annotated[str, Field(max_length=32)] = ""
     swept: list[Sweep] = []
     survivors: Count = 0
+    remains: list[Process] = []
+    """The survivors, as far as they are listed: what could not be ended, and why."""
+    outlived: list[Process] = []
+    """What the owner's policy lets live on."""
+    tiers: list[Annotated[str, Field(max_length=32)]] = []
+    """The ways there were to find the tree."""
+    token: Positive | None = None
+    """The fencing token it ran under last; null without a lease."""
     boot_id: Annotated[str, Field(max_length=64)] = ""
     policy_digest: DigestText
     at_ms: Millis
@@ -139,7 +159,7 @@ class Settlement(Open):
     @property
     def exit_status(self) -> int:
         """As a shell would say it: the code, 128 + signal, or 125 when the command itself never got to an end of its own."""
-        if self.verdict in (Verdict.LOST, Verdict.NEVER_STARTED):
+        if self.verdict in (Verdict.LOST, Verdict.NEVER_STARTED, Verdict.FENCED):
             return INFRA_STATUS
         if self.signal is not None:
             return 128 + self.signal

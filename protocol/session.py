@@ -52,6 +52,7 @@ class BeatAnswered:
     beat_ms: int
     leases: tuple[Renewal, ...]
     hints: tuple[Hint, ...]
+    full: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +133,30 @@ class RunnerSession:
         return reports
 
     def beat(
-        self, now_ms: int, hw: int, leases: Sequence[HeldLease] = (), attempts: Sequence[AttemptName] = ()
+        self,
+        now_ms: int,
+        hw: int,
+        leases: Sequence[HeldLease] = (),
+        attempts: Sequence[AttemptName] = (),
+        *,
+        lost: Sequence[HeldLease] = (),
+        full: bool = False,
+        admission: str = "open",
     ) -> Beat:
         """The next beat."""
         self._beat_n += 1
         self._beats[self._beat_n] = now_ms
         while len(self._beats) > BEATS_IN_FLIGHT_MAX:
             del self._beats[min(self._beats)]
-        return Beat(n=self._beat_n, hw=hw, leases=list(leases), attempts=list(attempts))
+        return Beat(
+            n=self._beat_n,
+            hw=hw,
+            leases=list(leases),
+            attempts=list(attempts),
+            lost=list(lost),
+            full=full,
+            admission=admission,
+        )
 
     def receive(self, message: Reported | Beaten) -> ItemsAnswered | BeatAnswered | None:
         """Take an answer; None when it tells nothing new."""
@@ -149,7 +166,9 @@ class RunnerSession:
                 return None
             self._beats = {n: at for n, at in self._beats.items() if n > message.n}
             self.beat_ms = message.beat_ms
-            return BeatAnswered(sent_ms, message.now_ms, message.beat_ms, tuple(message.leases), tuple(message.hints))
+            return BeatAnswered(
+                sent_ms, message.now_ms, message.beat_ms, tuple(message.leases), tuple(message.hints), message.full
+            )
         held = self._waiting.keys() | {item.out_seq for item in self._fresh}
         final = tuple({answer.out_seq: answer for answer in message.answers if answer.out_seq in held}.values())
         numbers = {answer.out_seq for answer in final}

@@ -1,6 +1,6 @@
 """Vectors of whole conversations, each message as its exact text."""
 
-from protocol.commands import OnLoss
+from protocol.commands import LeaseGrant, OnLoss
 from protocol.envelope import PayloadType, digest_of, open_envelope, seal
 from protocol.errors import Reason
 from protocol.handshake import Established, PlaneHandshake, RunnerHandshake, Standing, seal_welcome
@@ -14,7 +14,9 @@ from protocol.messages import (
     CommandFrame,
     Enroll,
     Enrolled,
+    Fetch,
     HeldLease,
+    Hint,
     ItemKind,
     LogClosed,
     LogOpen,
@@ -29,6 +31,7 @@ from protocol.messages import (
     Welcome,
     encode,
 )
+from protocol.receipt import Cause, Process, Verdict
 from protocol.replay import Mark
 from tests.support import builders as make
 
@@ -46,6 +49,8 @@ def transcripts() -> dict[str, object]:
         "a duplicate has the same receipt": duplicate(),
         "a fork ends in a new incarnation": handshake(make.a_mark(2), 2),
         "a beat renews a lease": beat(),
+        "lists are compared, and what is missing is fetched": compared(),
+        "a later attempt takes the place of an earlier one": fenced(),
         "a log is streamed": log(),
         "an envelope that consumes nothing": refused(),
         "a farewell": [(PLANE, Bye(reason=Reason.SESSION_REPLACED))],
@@ -159,6 +164,44 @@ def beat() -> list[Line]:
         Renewal(res="exec:ex_2", token=1, reason=Reason.FENCED),
     ]
     return [(RUNNER, asks), (PLANE, Beaten(n=1, now_ms=make.NOW_MS, beat_ms=10_000, leases=renewals))]
+
+
+def compared() -> list[Line]:
+    """Both say all they know: one lease was lost and is granted anew, and one command never came."""
+    asks = Beat(
+        n=1,
+        hw=0,
+        attempts=["ex_1.1"],
+        lost=[HeldLease(res="exec:ex_1", token=1)],
+        full=True,
+        admission="paused",
+    )
+    grant = LeaseGrant(res="exec:ex_1", token=2, ttl_ms=60_000, on_loss=OnLoss.FREEZE)
+    args = {"execution_id": "ex_1", "start_token": 1}
+    fields = {"cmd_id": "cmd_1", "kind": "lease.acquire", "lease": grant.model_dump(mode="json"), "args": args}
+    acquire = CommandFrame(env=make.a_sealed_command(**fields).decode())
+    hints = [Hint(attempt="ex_1.1", want="running", cmd_id="cmd_1")]
+    answer = Beaten(n=1, now_ms=make.NOW_MS, beat_ms=10_000, hints=hints, full=True)
+    return [(RUNNER, asks), (PLANE, answer), (RUNNER, Fetch(cmd_ids=["cmd_1"])), (PLANE, acquire)]
+
+
+def fenced() -> list[Line]:
+    """Its settlement says so, what was left of it, and under which token it ran last."""
+    _frame, digest = command(1, Mark().head)
+    said = make.a_settlement(
+        cmd_digest=digest,
+        verdict=Verdict.FENCED,
+        code=None,
+        signal=15,
+        cause=Cause(kind="fenced", by="superseded by cmd_2", reason=Reason.FENCED),
+        survivors=1,
+        remains=[Process(pid=4242, name="sleep", state="D", wchan="folio_wait_bit", why="d_state")],
+        outlived=[Process(pid=4243, name="watchman")],
+        tiers=["descendants", "cookie"],
+        token=1,
+    )
+    body = seal(said.dump(), PayloadType.SETTLEMENT, [make.a_key("runner")]).decode()
+    return [(RUNNER, Report(items=[make.an_item(2, body, ItemKind.SETTLEMENT)])), (PLANE, stored(2))]
 
 
 def log() -> list[Line]:

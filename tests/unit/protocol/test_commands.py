@@ -13,6 +13,7 @@ from protocol.commands import (
     ExecutionStart,
     ExecutionStop,
     Kind,
+    LeaseAcquire,
     Stream,
     WorktreeCreate,
     parse_args,
@@ -121,6 +122,17 @@ def test_arguments_are_read_by_kind() -> None:
     assert made.branch is None
 
 
+def test_an_acquire_names_the_attempt_that_is_to_hold_its_lease() -> None:
+    """In order with the starts: it is no word that may overtake them."""
+    args = {"execution_id": "ex_1", "start_token": 2}
+    acquire = parse_args(a_command(kind=Kind.LEASE_ACQUIRE, args=args, lease=LEASE | {"token": 3}))
+    assert isinstance(acquire, LeaseAcquire) and acquire.attempt == an_attempt("ex_1", 2)
+    for bad in ({}, {"execution_id": "ex_1"}, args | {"start_token": 0}, args | {"token": 3}):
+        with pytest.raises(ArgsRefused) as refused:
+            parse_args(a_command(kind=Kind.LEASE_ACQUIRE, args=bad))
+        assert refused.value.reason is Reason.BAD_ARGS
+
+
 def test_a_kind_from_the_future_is_told_apart_from_bad_arguments() -> None:
     """The header is good, so the number is consumed, and the reason says what was not understood."""
     with pytest.raises(ArgsRefused) as refused:
@@ -130,7 +142,11 @@ def test_a_kind_from_the_future_is_told_apart_from_bad_arguments() -> None:
 
 def test_a_kind_travels_on_its_stream() -> None:
     """A start on the safety stream would be outside all order; a stop on ctl would wait behind it."""
-    for command in (a_command(stream="safety"), a_command(kind=Kind.EXECUTION_STOP, stream="ctl")):
+    for command in (
+        a_command(stream="safety"),
+        a_command(kind=Kind.EXECUTION_STOP, stream="ctl"),
+        a_command(kind=Kind.LEASE_ACQUIRE, stream="safety", seq=None, prev=None),
+    ):
         with pytest.raises(ArgsRefused) as refused:
             parse_args(command)
         assert refused.value.reason is Reason.WRONG_STREAM

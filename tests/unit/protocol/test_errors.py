@@ -13,13 +13,14 @@ def test_a_reason_is_its_own_name() -> None:
 
 
 def test_close_codes_say_whether_to_dial_again() -> None:
-    """Without a change on either side these four never help."""
+    """Without a change on either side these five never help."""
     permanent = {code for code in CloseCode if not code.retryable}
     assert permanent == {
         CloseCode.BAD_PROOF,
         CloseCode.UNSUPPORTED_VERSION,
         CloseCode.UNKNOWN_RUNNER,
         CloseCode.SESSION_REPLACED,
+        CloseCode.IDENTITY_CONFLICT,
     }
     for code in CloseCode:
         assert code in (1000, 1001, 1009) or 4400 <= code < 4600

@@ -240,6 +240,27 @@ def test_a_proof_that_does_not_fit_is_refused() -> None:
     assert plane_refuses(hello_claims(), enrolled=None) is CloseCode.UNKNOWN_RUNNER
 
 
+def test_a_runner_says_which_start_of_which_machine_it_is_and_what_it_came_for() -> None:
+    """Signed, so that a plane can tell two machines apart that hold one key."""
+    runner, _plane, claims = proved(instance="I" * 22, dial=7, purpose="renew")
+    assert (claims.instance, claims.dial, claims.purpose) == ("I" * 22, 7, "renew")
+    assert runner.standing.purpose == "renew"
+    _runner, _plane, older = proved()
+    assert (older.instance, older.dial, older.purpose) == ("", 0, "session")
+
+
+def test_a_proof_for_another_purpose_is_refused() -> None:
+    """A connection that carries beats only cannot be made the session, nor the other way round."""
+    assert plane_refuses(hello_claims(purpose="renew")) is CloseCode.BAD_PROOF
+    plane = PlaneHandshake(a_nonce("plane"))
+    plane.challenge(Hello(org="org_1", runner="rnr_1", nonce=a_nonce("runner"), purpose="renew"), NOW_MS)
+    with pytest.raises(RemoteError) as refused:
+        plane.verify(
+            Proof(env=seal(hello_claims().dump(), PayloadType.HELLO, [RUNNER_KEY]).decode()), RUNNER_KEY.public
+        )
+    assert refused.value.close is CloseCode.BAD_PROOF
+
+
 def test_versions_must_meet() -> None:
     """A peer of only other versions is told so."""
     hello = Hello(v_min=2, v_max=3, org="o", runner="r", nonce=a_nonce())

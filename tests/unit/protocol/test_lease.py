@@ -1,5 +1,7 @@
 """Leases: times and tokens. (The table is in the property tests.)"""
 
+import pytest
+
 from protocol.commands import LeaseGrant, OnLoss
 from protocol.lease import LeaseInput, LeaseState, granted, regrant_at_ms
 from protocol.limits import KILL_WAIT_MS, LEASE_MARGIN_MS, REGRANT_DELAY_MS
@@ -48,9 +50,38 @@ def test_stopping_is_over_before_the_deadline() -> None:
     assert lease.loss_begins_ms(300_000) + 20_000 + KILL_WAIT_MS + LEASE_MARGIN_MS == lease.deadline_ms
 
 
-def test_a_renewal_is_due_with_two_thirds_left() -> None:
-    """Twenty seconds into sixty."""
-    assert a_lease().renew_at_ms == 20_000
+def test_a_renewal_is_due_with_two_thirds_left_give_or_take_a_tenth() -> None:
+    """Twenty seconds into sixty, ±2: always the same for one grant, and leases of one moment are spread over it."""
+    due = [a_lease(res=f"exec:ex_{number}").renew_at_ms for number in range(500)]
+    assert due == [a_lease(res=f"exec:ex_{number}").renew_at_ms for number in range(500)]
+    assert min(due) == 18_000 and max(due) == 22_000
+    assert all(due.count(moment) < 60 for moment in due)
+    moved = a_lease(deadline_ms=1_000_000 + 60_000)
+    assert 1_018_000 <= moved.renew_at_ms <= 1_022_000
+
+
+@pytest.mark.parametrize("state", [LeaseState.HELD, LeaseState.LOST, LeaseState.RELEASED])
+def test_a_grant_under_a_higher_token_is_held_again(state: LeaseState) -> None:
+    """With the ttl, the action and the deadline of the new grant, also an earlier one."""
+    lease = a_lease(token=2, state=state, deadline_ms=90_000, boot_id="boot-1")
+    again = lease.acquired(3, 30_000, OnLoss.FREEZE, 80_000)
+    assert (again.token, again.ttl_ms, again.on_loss, again.deadline_ms) == (3, 30_000, OnLoss.FREEZE, 80_000)
+    assert again.state is LeaseState.HELD and (again.res, again.boot_id) == (lease.res, "boot-1")
+
+
+def test_a_grant_under_the_same_or_a_lower_token_or_to_a_fenced_holder_changes_nothing() -> None:
+    """Also when it is the same runner that takes it again."""
+    lease = a_lease(token=2, state=LeaseState.LOST)
+    for token in (1, 2):
+        assert lease.acquired(token, 30_000, OnLoss.STOP, 80_000) is lease
+    fenced = a_lease(token=2, state=LeaseState.FENCED)
+    assert fenced.acquired(3, 30_000, OnLoss.STOP, 80_000) is fenced
+
+
+def test_a_grant_says_of_which_boots_clock_its_deadline_is() -> None:
+    """BOOTTIME of another boot says nothing."""
+    grant = LeaseGrant(res="exec:ex_1", token=3, ttl_ms=60_000, on_loss=OnLoss.STOP)
+    assert granted(grant, 100_000, 0, "boot-1").boot_id == "boot-1"
 
 
 def test_the_plane_waits_longer_than_the_holder() -> None:

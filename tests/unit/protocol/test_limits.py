@@ -44,6 +44,11 @@ def test_bounds_fit_each_other() -> None:
     assert limits.BEAT_INTERVAL_MS < limits.LEASE_TTL_MS // 3
     assert limits.LEASE_TTL_MS // 3 + limits.KILL_WAIT_MS + limits.LEASE_MARGIN_MS < limits.LEASE_TTL_MS
     assert limits.GRACE_MS <= limits.GRACE_MS_MAX
+    # A lease of the usual ttl is renewed before a reconciliation has to save it, and a plane grants anew after it is over.
+    assert limits.LEASE_TTL_MS // 3 * 11 // 10 < limits.RECONCILE_MS < limits.LEASE_TTL_MS
+    assert limits.LEASE_MARGIN_MS < limits.REGRANT_DELAY_MS
+    # A plane has the time to give back what it took, before what is frozen is ended.
+    assert limits.FROZEN_MS_MAX > limits.LEASE_TTL_MS + limits.REGRANT_DELAY_MS + limits.RECONCILE_MS
     assert limits.SECRET_BYTES_MAX * 4 // 3 + 200 <= 32768
     assert limits.COMMAND_TTL_MS_MAX <= limits.SAFETY_TTL_MS_MAX
     assert OUTBOX_ROOM == limits.REPORTS_IN_FLIGHT_MAX * limits.REPORT_ITEMS_MAX

@@ -6,6 +6,7 @@ import pytest
 
 from protocol.errors import CloseCode, Reason, RemoteError
 from protocol.ids import GENESIS
+from protocol.limits import FETCH_ITEMS_MAX, FRAME_BYTES_MAX, HINTS_MAX, ID_LENGTH_MAX, JSON_INT_MAX
 from protocol.messages import (
     Ack,
     Answer,
@@ -16,6 +17,7 @@ from protocol.messages import (
     CommandFrame,
     Enroll,
     Enrolled,
+    Fetch,
     FromPlane,
     FromRunner,
     Gap,
@@ -43,9 +45,11 @@ FROM_RUNNER: list[FromRunner] = [
     Proof(env="{}"),
     Enroll(env="{}"),
     Need(seq=1),
+    Fetch(cmd_ids=["cmd_1", "cmd_2"]),
     Refused(digest=GENESIS, reason=Reason.BAD_SIG, detail="why"),
     Report(items=[an_item(1)]),
     Beat(n=1, hw=0, leases=[HeldLease(res="exec:x", token=1)], attempts=["ex_1.1"]),
+    Beat(n=2, hw=0, lost=[HeldLease(res="exec:y", token=2)], full=True, admission="draining"),
     LogOpen(channel=0, attempt="ex_1.1", first=0),
     Gap(channel=0, start=0, end=1),
     LogClosed(channel=0, end=1),
@@ -63,6 +67,7 @@ FROM_PLANE: list[FromPlane] = [
         beat_ms=1000,
         leases=[Renewal(res="exec:x", token=1, ttl_ms=1)],
         hints=[Hint(attempt="ex_1.1", want="stop", cmd_id="c")],
+        full=True,
     ),
     Resume(channel=0, offset=0, credit=1),
     Ack(channel=0, offset=0, credit=1),
@@ -95,6 +100,26 @@ def test_an_unknown_field_is_ignored_and_an_absent_one_is_not_written() -> None:
     text = encode(Need(seq=1))
     assert decode_from_runner(json.dumps(json.loads(text) | {"new": {"a": []}})) == Need(seq=1)
     assert "cmd_id" not in encode(Refused(digest=GENESIS, reason=Reason.BAD_SIG))
+
+
+def test_a_peer_of_the_first_version_says_less() -> None:
+    """Its hello is for a session, its beat is no full list and has lost nothing, and new work is taken."""
+    hello = decode_from_runner(json.dumps({"t": "hello", "org": "o", "runner": "r", "nonce": a_nonce()}))
+    assert isinstance(hello, Hello) and hello.purpose == "session"
+    beat = decode_from_runner('{"t":"beat","n":1,"hw":0}')
+    assert isinstance(beat, Beat) and (beat.full, beat.lost, beat.admission) == (False, [], "open")
+    beaten = decode_from_plane('{"t":"beaten","n":1,"now_ms":1,"beat_ms":1000}')
+    assert isinstance(beaten, Beaten) and not beaten.full
+
+
+def test_the_largest_fetch_and_the_most_hints_fit_a_frame() -> None:
+    """With the longest names there are."""
+    name = "e" * ID_LENGTH_MAX
+    fetch = Fetch(cmd_ids=[name] * FETCH_ITEMS_MAX)
+    hints = [Hint(attempt=f"{name}.{JSON_INT_MAX}", want="running", cmd_id=name)] * HINTS_MAX
+    beaten = Beaten(n=JSON_INT_MAX, now_ms=JSON_INT_MAX, beat_ms=1000, hints=hints, full=True)
+    for message in (fetch, beaten):
+        assert len(encode(message).encode()) <= FRAME_BYTES_MAX
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,16 @@ import pytest
 from protocol import strict_json
 from protocol.envelope import PayloadType, seal
 from protocol.errors import EnvelopeError, Reason
-from protocol.receipt import INFRA_STATUS, Outcome, Receipt, Settlement, Verdict, open_receipt, open_settlement
+from protocol.receipt import (
+    INFRA_STATUS,
+    Outcome,
+    Process,
+    Receipt,
+    Settlement,
+    Verdict,
+    open_receipt,
+    open_settlement,
+)
 from tests.support.builders import a_key, a_receipt, a_settlement, an_attempt
 
 KEY = a_key("runner")
@@ -52,6 +61,8 @@ def test_a_newer_runner_may_say_more() -> None:
         ({"verdict": Verdict.LOST, "code": None}, INFRA_STATUS),
         ({"verdict": Verdict.LOST, "code": 0}, INFRA_STATUS),
         ({"verdict": Verdict.NEVER_STARTED, "code": None}, INFRA_STATUS),
+        ({"verdict": Verdict.FENCED, "code": None, "signal": 15}, INFRA_STATUS),
+        ({"verdict": Verdict.FENCED, "code": 0}, INFRA_STATUS),
         ({"verdict": Verdict.EXITED, "code": None}, INFRA_STATUS),
     ],
 )
@@ -64,3 +75,13 @@ def test_what_is_dumped_is_read() -> None:
     """Both statements survive their own bytes."""
     assert Receipt.parse(a_receipt().dump()) == a_receipt()
     assert Settlement.parse(a_settlement().dump()) == a_settlement()
+    stuck = Process(pid=7, name="sleep", state="D", wchan="folio_wait", why="d_state")
+    said = a_settlement(remains=[stuck], outlived=[Process(pid=8)], tiers=["cgroup", "cookie"], token=3, survivors=1)
+    assert Settlement.parse(said.dump()) == said
+
+
+def test_an_older_runner_says_less_of_its_end() -> None:
+    """What it does not name is not there."""
+    fields = a_settlement().model_dump(mode="json")
+    older = {name: value for name, value in fields.items() if name not in ("remains", "outlived", "tiers", "token")}
+    assert Settlement.parse(strict_json.dumps(older)) == a_settlement()

@@ -11,7 +11,7 @@ from protocol.limits import (
     REPORTS_IN_FLIGHT_MAX,
     RETRY_MS,
 )
-from protocol.messages import Answer, Beat, Beaten, Need, Report, Reported, encode
+from protocol.messages import Answer, Beat, Beaten, HeldLease, Need, Report, Reported, encode
 from protocol.session import (
     BEATS_IN_FLIGHT_MAX,
     OUTBOX_ROOM,
@@ -157,6 +157,16 @@ def test_a_beat_is_answered_once_with_its_own_moment() -> None:
     assert session.receive(Beaten(n=1, now_ms=5, beat_ms=9_000)) is None
     assert session.receive(Beaten(n=99, now_ms=5, beat_ms=9_000)) is None
     assert session.receive(Beaten(n=3, now_ms=5, beat_ms=7_000)) is not None
+
+
+def test_a_beat_carries_what_the_plane_compares() -> None:
+    """Held and lost leases, who lives, whether the lists are whole, and whether new work is taken."""
+    session = a_runner()
+    held, lost = HeldLease(res="exec:ex_1", token=2), HeldLease(res="exec:ex_2", token=1)
+    beat = session.beat(100, 7, [held], ["ex_1.1"], lost=[lost], full=True, admission="paused")
+    assert beat == Beat(n=1, hw=7, leases=[held], attempts=["ex_1.1"], lost=[lost], full=True, admission="paused")
+    assert session.receive(Beaten(n=1, now_ms=5, beat_ms=7_000, full=True)) == BeatAnswered(100, 5, 7_000, (), (), True)
+    assert session.beat(200, 7) == Beat(n=2, hw=7)
 
 
 def test_unanswered_beats_are_forgotten() -> None:
