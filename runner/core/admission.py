@@ -14,6 +14,8 @@ from protocol.commands import (
     Args,
     Command,
     ExecutionStart,
+    Kind,
+    LeaseAcquire,
     PathCwd,
     Stream,
     WorktreeCreate,
@@ -33,12 +35,19 @@ PENDING_MAX: Final = 1024
 """Commands whose effect is queued or under way: beyond it the control plane is told CAPACITY instead of filling memory."""
 
 
+RETRY_AFTER_MS: Final = 30 * 1000
+"""What is short now is asked for again after this; repeated refusals double it."""
+RETRY_AFTER_MS_MAX: Final = 5 * 60 * 1000
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """A no with its reason; `detail` is for a person."""
 
     reason: Reason
     detail: str = ""
+    retry_after_ms: int | None = None
+    """When to ask again: what is short now comes back by itself. None: asking again changes nothing."""
 
 
 def refuse_header(header: Command, keyset: Keyset, policy: Policy, plane_ms: int) -> Refusal | None:
@@ -54,11 +63,16 @@ def refuse_header(header: Command, keyset: Keyset, policy: Policy, plane_ms: int
     if STREAM_OF.get(header.kind) is not Stream.CTL:
         # No policy can admit it: `parse_args` says whether it is unknown or on the wrong stream.
         return None
-    if header.kind not in policy.kinds:
+    if _right(header.kind) not in policy.kinds:
         return Refusal(Reason.POLICY_DENIED, "the owner's policy does not admit this kind")
     if header.need is not None:
         return Refusal(Reason.APPROVAL_MISSING, "it wants approvals, and none is given")
     return None
+
+
+def _right(kind: str) -> str:
+    """The kind whose admission covers `kind`: who may start may keep what was started alive."""
+    return Kind.EXECUTION_START if kind == Kind.LEASE_ACQUIRE else kind
 
 
 def refuse_args(header: Command, args: Args, policy: Policy, living: int) -> Refusal | None:
@@ -66,17 +80,23 @@ def refuse_args(header: Command, args: Args, policy: Policy, living: int) -> Ref
     match args:
         case ExecutionStart():
             return _refuse_start(header, args, policy, living)
+        case LeaseAcquire():
+            return _refuse_lease(header, lease_resource(args.execution_id), 1)
+        case WorktreeRemove():
+            return _refuse_worktree_lease(header, args.worktree_id)
         case WorktreeCreate():
             if header.pre is not None:
                 return Refusal(Reason.PRECONDITION_FAILED, "a worktree that is not there has no head")
-            return None if inside(args.repo, policy.roots) else Refusal(Reason.REPO_OUTSIDE_ROOTS)
+            if not inside(args.repo, policy.roots):
+                return Refusal(Reason.REPO_OUTSIDE_ROOTS)
+            return _refuse_worktree_lease(header, args.worktree_id)
         case _:
             return None
 
 
 def _refuse_start(header: Command, start: ExecutionStart, policy: Policy, living: int) -> Refusal | None:
     if living >= policy.concurrent_max:
-        return Refusal(Reason.CAPACITY, f"{policy.concurrent_max} attempts are the owner's limit")
+        return Refusal(Reason.CAPACITY, f"{policy.concurrent_max} attempts are the owner's limit", RETRY_AFTER_MS)
     names = [secret.name for secret in start.secrets]
     denied = refuse_env(start.env, policy) or refuse_names(names, policy)
     if denied is not None:
@@ -86,12 +106,24 @@ def _refuse_start(header: Command, start: ExecutionStart, policy: Policy, living
             return Refusal(Reason.CWD_OUTSIDE_ROOTS)
         if header.pre is not None:
             return Refusal(Reason.PRECONDITION_FAILED, "only a managed worktree has a head to compare")
+    if header.lease is None:
+        return None
+    return _refuse_lease(header, lease_resource(start.execution_id), start.start_token)
+
+
+def _refuse_lease(header: Command, resource: str, token_min: int) -> Refusal | None:
     lease = header.lease
-    if lease is not None and lease.res != lease_resource(start.execution_id):
+    if lease is None:
+        return Refusal(Reason.BAD_ARGS, "it carries no lease")
+    if lease.res != resource:
         return Refusal(Reason.BAD_ARGS, "the lease is for another resource")
-    if lease is not None and lease.token < start.start_token:
+    if lease.token < token_min:
         return Refusal(Reason.FENCED, "the lease's token is below the attempt's")
     return None
+
+
+def _refuse_worktree_lease(header: Command, worktree_id: str) -> Refusal | None:
+    return None if header.lease is None else _refuse_lease(header, worktree_resource(worktree_id), 1)
 
 
 def inside(path: str, roots: tuple[str, ...]) -> bool:
@@ -103,6 +135,11 @@ def inside(path: str, roots: tuple[str, ...]) -> bool:
 def lease_resource(execution_id: str) -> str:
     """The name under which an execution's lease is granted."""
     return f"exec:{execution_id}"
+
+
+def worktree_resource(worktree_id: str) -> str:
+    """The name under which the lease on a worktree is granted."""
+    return f"worktree:{worktree_id}"
 
 
 def attempt_plan(header: Command, start: ExecutionStart, policy: Policy, base: Mapping[str, str]) -> AttemptPlan:
@@ -122,6 +159,8 @@ def attempt_plan(header: Command, start: ExecutionStart, policy: Policy, base: M
         timeout_ms=start.timeout_ms,
         grace_ms=min(grace_ms, policy.grace_ms_max),
         roots=policy.roots,
+        token=header.lease.token if header.lease else start.start_token,
+        outlive=policy.outlive,
     )
 
 
@@ -134,6 +173,7 @@ def worktree_plan(header: Command, create: WorktreeCreate, policy: Policy) -> Wo
         base=create.base,
         branch=create.branch,
         roots=policy.roots,
+        token=header.lease.token if header.lease else 0,
     )
 
 
@@ -144,4 +184,5 @@ def removal_plan(header: Command, remove: WorktreeRemove) -> RemovalPlan:
         cmd_id=CommandId(header.cmd_id),
         force=remove.force,
         pre_head=header.pre.head if header.pre else None,
+        token=header.lease.token if header.lease else 0,
     )

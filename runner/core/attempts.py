@@ -38,7 +38,8 @@ from runner.core.effects import (
     StopAttempt,
 )
 from runner.core.inputs import AttemptExited, AttemptLost, AttemptNotPrepared, AttemptPrepared, Now, OwnerStop
-from runner.core.journaling import AppendLeaf, AttemptRow, PutAttempt, PutSettlement, PutTombstone
+from runner.core.journaling import SUPERSEDED_BY, AppendLeaf, AttemptRow, PutAttempt, PutSettlement, PutTombstone
+from runner.core.plans import CommandRow, ExitRecord
 from runner.core.trees import resource
 
 if TYPE_CHECKING:
@@ -55,9 +56,12 @@ class Attempts:
         self._engine = engine
         self.rows: Final[dict[Attempt, AttemptRow]] = {}
         self._live: Final[dict[Attempt, None]] = {}
-        self._of_execution: Final[dict[str, set[Attempt]]] = {}
+        self._of_execution: Final[dict[str, dict[Attempt, None]]] = {}
+        """In order: what is done about several of them is done in the same order in every process."""
         for row in rows:
             self.put(row)
+        self.strangers: Final[dict[Attempt, None]] = {}
+        """Attempts that live here and that the journal does not know (it was set back): kept, told, ended by a signed word."""
         self.again: Final[set[Attempt]] = set()
         """To be prepared anew: an earlier daemon left a directory, in which provably nothing ran."""
 
@@ -71,7 +75,9 @@ class Attempts:
     def living_beside(self, args: Args) -> int:
         """Living attempts of other executions than the one that `args` start: those of one run one after the other."""
         execution_id = args.execution_id if isinstance(args, ExecutionStart) else None
-        return sum(1 for attempt in self._live if attempt.execution_id != execution_id)
+        living = sum(1 for attempt in self._live if attempt.execution_id != execution_id)
+        # What could not be ended keeps its place: it still uses the machine.
+        return living + len(self._engine.orphans.survivors)
 
     def living_names(self) -> tuple[Attempt, ...]:
         """Attempts that are not settled, by name."""
@@ -116,21 +122,43 @@ class Attempts:
             effect
             for other in others
             if other.attempt != attempt and other.attempt in self._live
-            for effect in self.end(other, None, f"superseded by {command.value.cmd_id}", now)
+            for effect in self._fence(other, row, now)
         ]
-        return [Persist((PutAttempt(row, now.wall_ms),)), *ends]
+        return [Persist((PutAttempt(row, now.wall_ms), *self._grant_leaf(row, now))), *ends]
+
+    def _fence(self, row: AttemptRow, successor: AttemptRow, now: Now) -> list[Effect]:
+        """An attempt whose successor is there: it is ended, and what it says from now on counts for itself only."""
+        row = replace(row, fenced_by=row.fenced_by or successor.attempt.start_token)
+        self.put(row)
+        if row.state is AttemptState.INTENT:
+            # Never let go; `begin` and `prepared` see the fence.
+            return [Persist((PutAttempt(row, now.wall_ms),))]
+        return self.end(row, None, f"{SUPERSEDED_BY}{successor.cmd_id}", now)
+
+    def _grant_leaf(self, row: AttemptRow, now: Now) -> tuple[AppendLeaf, ...]:
+        lease = row.lease
+        if lease is None:
+            return ()
+        detail = f"token {lease.token}, ttl {lease.ttl_ms} ms, on_loss {lease.on_loss}"
+        return (AppendLeaf("lease.granted", row.attempt.name, detail, self._engine.policy.digest, now.wall_ms),)
 
     def begin(self, command: Verified[Command], start: ExecutionStart, now: Now) -> list[Effect]:
         """The claims are held: a shim is wanted."""
         attempt = start.attempt
         if attempt.name in self._engine.ledger.tombstones:
             return self.never(attempt, Refusal(Reason.CANCELLED_BEFORE_START, "it was stopped while it waited"), now)
+        if self.rows[attempt].fenced_by is not None:
+            return self.never(attempt, _FENCED, now)
         if isinstance(start.cwd, WorktreeCwd) and not self._engine.trees.ready(start.cwd.worktree_id):
             return self.never(attempt, Refusal(Reason.WORKTREE_UNKNOWN, "there is no such worktree"), now)
-        refusal = self._engine.leases.refusal(self.rows[attempt], now)
+        refusal = self._engine.inbox.distrusted(command.digest) or self._engine.leases.refusal(self.rows[attempt], now)
         if refusal is not None:
             return self.never(attempt, refusal, now)
         plan = attempt_plan(command.value, start, self._engine.policy, self._engine.base_env)
+        lease = self.rows[attempt].lease
+        if lease is not None:
+            # It may have been acquired anew while it waited.
+            plan = replace(plan, token=lease.token)
         again = attempt in self.again
         self.again.discard(attempt)
         return [PrepareAttempt(plan, command.digest, again)]
@@ -141,9 +169,11 @@ class Attempts:
         if row is None or row.state is not AttemptState.INTENT:
             # It was ended while its shim was on the way.
             return [AbandonAttempt(prepared.attempt)]
-        refusal = self._engine.leases.refusal(row, now)
+        refusal = self._engine.inbox.distrusted(row.digest) or self._engine.leases.refusal(row, now)
         if row.attempt.name in self._engine.ledger.tombstones:
             refusal = Refusal(Reason.CANCELLED_BEFORE_START, "it was stopped before it was let go")
+        if row.fenced_by is not None:
+            refusal = _FENCED
         if refusal is not None:
             return [AbandonAttempt(row.attempt), *self.never(row.attempt, refusal, now)]
         effects = self.accept(replace(row, shim=prepared.shim), now)
@@ -175,7 +205,7 @@ class Attempts:
         left: list[Effect] = [AbandonAttempt(attempt)] if attempt in self.again else []
         self.again.discard(attempt)
         if command.receipt_seq is not None:
-            item = self._engine.statements.never_started(attempt, command, refusal.reason, refusal.detail, now.wall_ms)
+            item = self._engine.statements.never_started(row, command, refusal.reason, refusal.detail, now)
             return [*self._settle(row, item, now), *left]
         self.put(replace(row, state=AttemptState.SETTLED))
         return [
@@ -190,25 +220,27 @@ class Attempts:
     def exited(self, exited: AttemptExited, now: Now) -> list[Effect]:
         """The shim's record: the one settlement, unless there is one."""
         row = self.rows.get(exited.attempt)
+        self.strangers.pop(exited.attempt, None)
         if row is not None and row.state is AttemptState.INTENT:
             return self._died_behind(row, now)
         if row is None or step(row.state, AttemptInput.EXIT) is None:
             # Settled before, or abandoned behind the barrier: a late word settles nothing.
             return [CollectAttempt(exited.attempt)]
-        command = self._engine.ledger.commands[row.digest]
         return self._settle(
-            row, self._engine.statements.settlement(row.attempt, command, exited.exit, now.wall_ms), now
+            row, self._engine.statements.settlement(row, self._command(row), exited.exit, now), now, exited.exit
         )
 
     def lost(self, lost: AttemptLost, now: Now) -> list[Effect]:
         """No shim, no record: lost, once."""
         row = self.rows.get(lost.attempt)
+        self.strangers.pop(lost.attempt, None)
         if row is not None and row.state is AttemptState.INTENT:
             return self._died_behind(row, now)
         if row is None or step(row.state, AttemptInput.LOSE) is None:
             return []
-        command = self._engine.ledger.commands[row.digest]
-        item = self._engine.statements.lost(row.attempt, command, lost.reason, lost.evidence, now.wall_ms)
+        item = self._engine.statements.lost(row, self._command(row), lost.reason, lost.evidence, now)
+        if lost.evidence is not None and lost.evidence.remaining:
+            self._engine.orphans.survivors[row.attempt] = lost.evidence.remaining
         return [
             Note("attempt.lost", {"attempt": row.attempt.name, "reason": lost.reason}),
             *self._settle(row, item, now),
@@ -220,8 +252,12 @@ class Attempts:
             row.attempt, Refusal(Reason.SHIM_LOST, "its shim went before it was let go"), now, Outcome.FAILED
         )
 
-    def _settle(self, row: AttemptRow, item: ReportItem, now: Now) -> list[Effect]:
+    def _command(self, row: AttemptRow) -> CommandRow:
+        return self._engine.ledger.commands[row.digest]
+
+    def _settle(self, row: AttemptRow, item: ReportItem, now: Now, record: ExitRecord | None = None) -> list[Effect]:
         assert row.state is not AttemptState.SETTLED, "an attempt is settled once"
+        self._engine.orphans.ended(row.attempt, record)
         self.put(replace(row, state=AttemptState.SETTLED, settled_seq=item.out_seq))
         return [
             Persist((PutSettlement(row.attempt, item, now.wall_ms),)),
@@ -238,7 +274,7 @@ class Attempts:
         row = self._target(args)
         by = command.value.cmd_id
         if row is None or row.state is AttemptState.INTENT:
-            return self._bury(command, args, row, now)
+            return [*self._stop_stranger(args, by), *self._bury(command, args, row, now)]
         effects: list[Effect] = []
         if row.state is AttemptState.SETTLED:
             state = "settled"
@@ -248,6 +284,14 @@ class Attempts:
             effects += self.end(row, args.grace_ms, by, now)
         result: JsonObject = {"state": state, **_named(row.attempt)}
         return [*effects, *self._engine.receipt(command.digest, Outcome.DONE, now, result=result)]
+
+    def _stop_stranger(self, args: ExecutionStop, by: str) -> list[Effect]:
+        """It runs and the journal does not know it: the word is signed, so it is ended; there is nothing to settle it with."""
+        attempt = _attempt(args.target) if isinstance(args.target, AttemptTarget) else None
+        if attempt not in self.strangers:
+            return []
+        grace_ms = None if args.grace_ms is None else min(args.grace_ms, self._engine.policy.grace_ms_max)
+        return [StopAttempt(attempt, grace_ms, by), Note("attempt.stopped", {"attempt": attempt.name, "by": by})]
 
     def _bury(self, command: Verified[Command], args: ExecutionStop, row: AttemptRow | None, now: Now) -> list[Effect]:
         """The start has not come, or waits for its turn or its shim: a tombstone makes sure it never runs."""
@@ -298,6 +342,7 @@ class Attempts:
         first = row.stop_by is None
         row = replace(row, stop_by=row.stop_by or by, stop_grace_ms=bounded if first else row.stop_grace_ms)
         row = self._move(row, AttemptInput.STOP)
+        self._engine.orphans.expect_stop(row.attempt, bounded, now)
         return [
             Persist((PutAttempt(row, now.wall_ms),)),
             StopAttempt(row.attempt, bounded, by),
@@ -322,7 +367,7 @@ class Attempts:
     def put(self, row: AttemptRow) -> None:
         """The attempt as it is now, in memory; the oldest settled one is forgotten when there are too many."""
         self.rows[row.attempt] = row
-        self._of_execution.setdefault(row.attempt.execution_id, set()).add(row.attempt)
+        self._of_execution.setdefault(row.attempt.execution_id, {})[row.attempt] = None
         if row.state is not AttemptState.SETTLED:
             self._live[row.attempt] = None
             return
@@ -333,9 +378,12 @@ class Attempts:
     def _forget(self, attempt: Attempt) -> None:
         del self.rows[attempt]
         of_execution = self._of_execution[attempt.execution_id]
-        of_execution.discard(attempt)
+        of_execution.pop(attempt, None)
         if not of_execution:
             del self._of_execution[attempt.execution_id]
+
+
+_FENCED: Final = Refusal(Reason.FENCED, "a later attempt of this execution took its place")
 
 
 def _attempt(target: AttemptTarget) -> Attempt:

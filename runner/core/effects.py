@@ -7,9 +7,10 @@ from protocol.envelope import Verified
 from protocol.identity import Certificate
 from protocol.ids import Attempt, Digest
 from protocol.keyset import Keyset
-from protocol.messages import HeldLease, Need, Refused, ReportItem
+from protocol.lease import Lease
+from protocol.messages import Fetch, HeldLease, Need, Refused, ReportItem
 from runner.core.journaling import Write
-from runner.core.plans import AttemptPlan, LeaseAction, RemovalPlan, WorktreePlan
+from runner.core.plans import Admission, AttemptPlan, LeaseAction, ProcessIdentity, RemovalPlan, WorktreePlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class Persist:
 class Say:
     """Tell the plane now, if there is a session; nobody resends it."""
 
-    message: Need | Refused
+    message: Need | Refused | Fetch
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,10 @@ class SendBeat:
     hw: int
     leases: tuple[HeldLease, ...]
     attempts: tuple[Attempt, ...]
+    lost: tuple[HeldLease, ...] = ()
+    full: bool = False
+    """Both sides compare their lists with this one."""
+    admission: Admission = Admission.OPEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +88,16 @@ class StopAttempt:
 
 @dataclass(frozen=True, slots=True)
 class PushLease:
-    """Tell a shim its deadline (BOOTTIME)."""
+    """Tell a shim its deadline (BOOTTIME), and see to it that the lease is renewed even if this process is starved."""
 
     attempt: Attempt
     token: int
     deadline_ms: int
     action: LeaseAction
+    grace_ms: int | None = None
+    """What a stop at the loss gives; None: the attempt's own."""
+    lease: Lease | None = None
+    """To be renewed; None once it is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +119,32 @@ class SweepAttempt:
     """Its shim is gone and left no record: end what is left of it, and say what was found."""
 
     attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class SweepRemains:
+    """The attempt is settled, or unknown and its owner says so, and something of it lives: end it, and tell (`RemainsSwept`)."""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class EndHungShim:
+    """Its shim holds the lock and does nothing: KILL it by its identity, then sweep; the attempt is lost, with evidence."""
+
+    attempt: Attempt
+    shim: ProcessIdentity | None
+    """As the journal has it; None: as the attempt's own files say."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScanOrphans:
+    """Look for living processes of ours (`OrphansFound`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Redial:
+    """The machine slept: whatever is connected is dead or unsure, so dial anew at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +193,10 @@ Effect = (
     | CollectAttempt
     | AdoptAttempt
     | SweepAttempt
+    | SweepRemains
+    | EndHungShim
+    | ScanOrphans
+    | Redial
     | CreateWorktree
     | RemoveWorktree
     | KeepIdentity

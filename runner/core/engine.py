@@ -10,7 +10,7 @@ Rule 1: everything past `open_envelope` takes Verified. Rule 2: a command whose 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, assert_never
+from typing import Any, Final, assert_never
 
 from protocol.commands import (
     Args,
@@ -19,56 +19,65 @@ from protocol.commands import (
     Command,
     ExecutionStart,
     ExecutionStop,
+    LeaseAcquire,
     LeaseRelease,
     Stream,
     WorktreeCreate,
     WorktreeRemove,
     parse_args,
 )
-from protocol.envelope import PayloadType, Verified, digest_of, open_envelope
+from protocol.envelope import PayloadType, Verified, open_envelope
 from protocol.errors import EnvelopeError, Reason
+from protocol.events import Event, EventKind
 from protocol.handshake import Established
 from protocol.identity import Certificate
-from protocol.ids import CommandId, Digest
+from protocol.ids import Attempt, CommandId, Digest
 from protocol.keys import PrivateKey
 from protocol.keyset import Keyset, Role
-from protocol.messages import Need, Refused
 from protocol.receipt import Outcome
-from protocol.replay import Advance, Duplicate, Gap, Mark, NotConsumed, judge
+from protocol.replay import Advance, Mark
 from protocol.session import BeatAnswered, ItemsAnswered
 from protocol.wire import JsonObject
 from runner.core.admission import PENDING_MAX, Refusal, refuse_args, refuse_header
 from runner.core.attempts import Attempts
 from runner.core.claims import Claims
-from runner.core.effects import Effect, KeepIdentity, Note, Offer, Persist, ReportAgain, Say, SendBeat
+from runner.core.effects import Effect, KeepIdentity, Note, Offer, Persist
+from runner.core.gate import Gate
+from runner.core.inbox import Inbox
 from runner.core.inputs import (
     AttemptExited,
     AttemptLost,
     AttemptNotPrepared,
     AttemptPrepared,
     EnvelopeReceived,
+    HeadroomMeasured,
     Input,
     Now,
+    OrphansFound,
+    OwnerAdmission,
     OwnerStop,
+    OwnerSweep,
     PolicyChanged,
+    RemainsSwept,
     SessionDown,
     SessionUp,
+    ShimSilent,
     Tick,
+    Woke,
     WorktreeCreated,
     WorktreeFailed,
     WorktreeRemoved,
 )
-from runner.core.journaling import Image, PutAnswered, PutCommand, PutMark, PutReceipt
+from runner.core.journaling import Image, PutAnswered, PutCommand, PutEvent, PutMark, PutReceipt
 from runner.core.leases import Leases
 from runner.core.ledger import COMMANDS_REMEMBERED_MAX, Ledger
+from runner.core.orphans import Orphans
 from runner.core.plans import CommandRow, Observed
 from runner.core.policy import Policy
+from runner.core.rhythm import Rhythm
 from runner.core.statements import Statements
 from runner.core.takeback import take_back
 from runner.core.trees import Trees
-
-NEED_AGAIN_MS: Final = 1000
-"""A gap is asked for once a second at most: every command behind it would ask again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,16 +118,15 @@ class Engine:
         self.attempts: Final = Attempts(self, image.attempts)
         self.leases: Final = Leases(self)
         self.trees: Final = Trees(self, image.worktrees)
+        self.gate: Final = Gate(self, image)
+        self.rhythm: Final = Rhythm(self)
+        self.orphans: Final = Orphans(self)
         self.base_env: Final = base_env
-        self.session_up: bool = False
-        self.plane_offset_ms: int | None = None
-        """Control plane's wall clock minus our BOOTTIME, from the last welcome or beat."""
-        self.beat_ms: int = 0
-        self.next_beat_ms: int = 0
         self._answered: list[int] = []
-        self._needed: tuple[int, int] = (0, -NEED_AGAIN_MS)
         self._waiting: dict[Digest, tuple[Verified[Command], Args]] = {}
-        self._keys = identity.keyset.value.keys_for(Role.COMMAND, Role.SAFETY)
+        self.inbox: Final = Inbox(self)
+        self.keys = identity.keyset.value.keys_for(Role.COMMAND, Role.SAFETY)
+        """What commands may be signed with."""
 
     # --- the door -----------------------------------------------------------------------------------------------
 
@@ -126,16 +134,14 @@ class Engine:
         """Everything that follows from `happened` at `now`, in order."""
         match happened:
             case EnvelopeReceived(env):
-                return self._received(env, now)
+                return self.inbox.received(env, now)
             case SessionUp(established):
                 return self._session_up(established, now)
             case SessionDown():
-                self.session_up = False
-                return [*self._answers(now)]
+                self.rhythm.down()
+                return self._answers(now)
             case BeatAnswered():
-                self.beat_ms = happened.beat_ms
-                self.plane_offset_ms = happened.now_ms - now.boot_ms
-                return self.leases.beat_answered(happened, now)
+                return self.rhythm.answered(happened, now)
             case ItemsAnswered(answers):
                 self._answered.extend(answer.out_seq for answer in answers)
                 return [
@@ -162,64 +168,52 @@ class Engine:
             case PolicyChanged(policy):
                 self.policy = policy
                 return [Note("policy.loaded", {"policy_digest": policy.digest})]
+            case Tick() | Woke() | HeadroomMeasured() | OwnerAdmission():
+                return self._machine(happened, now)
+            case ShimSilent():
+                return self.orphans.silent(happened, now)
+            case OrphansFound():
+                return self.orphans.found(happened, now)
+            case RemainsSwept():
+                return self.orphans.swept(happened, now)
+            case OwnerSweep():
+                return self.orphans.owner_sweep(happened, now)
+            case _:
+                assert_never(happened)
+
+    def _machine(self, happened: Tick | Woke | HeadroomMeasured | OwnerAdmission, now: Now) -> list[Effect]:
+        match happened:
             case Tick():
-                return self._tick(now)
+                parts = (self.leases.tick, self.orphans.tick, self.gate.tick, self.rhythm.tick)
+                return [*self._answers(now), *(effect for part in parts for effect in part(now))]
+            case Woke():
+                return self.rhythm.woke(happened, now)
+            case HeadroomMeasured(headroom):
+                self.gate.headroom = headroom
+                return []
+            case OwnerAdmission():
+                return self.gate.owner(happened, now)
             case _:
                 assert_never(happened)
 
     def recover(self, found: Sequence[Observed], now: Now) -> list[Effect]:
         """What a daemon that starts does: each attempt by the table, then every command whose effect is still owed."""
-        effects = [*take_back(self, found, now), *self.leases.tick(now)]
+        self.gate.recover(now)
+        self.rhythm.begun(now)
+        effects = [*take_back(self, found, now), *self.leases.tick(now), *self.orphans.scan(now)]
         for digest in [row.digest for row in self.ledger.commands.values() if row.receipt_seq is None]:
             effects += self._resume(digest, now)
         return effects
 
     @property
     def wake_at_ms(self) -> int | None:
-        """When a Tick is due (BOOTTIME), None: never. Nothing but heartbeats wakes an idle runner."""
-        moments = [self.next_beat_ms if self.session_up else None, self.leases.next_deadline_ms()]
+        """When a Tick is due (BOOTTIME), None: never. Beats, and a look at all processes each minute, wake an idle runner."""
+        moments = (self.rhythm.next_moment_ms(), self.orphans.next_moment_ms(), self.gate.drain_deadline_ms)
         return min((moment for moment in moments if moment is not None), default=None)
 
     # --- commands -----------------------------------------------------------------------------------------------
 
-    def _received(self, env: bytes, now: Now) -> list[Effect]:
-        try:
-            command = open_envelope(env, PayloadType.COMMAND, self._keys, Command.parse)
-        except EnvelopeError as exc:
-            return self._unconsumed(digest_of(env), exc.reason, exc.detail, None)
-        judgement = judge(command, self.me, self.keyset.value, self.ledger.seen())
-        match judgement:
-            case NotConsumed(reason):
-                return self._unconsumed(digest_of(env), reason, "", command)
-            case Gap(need):
-                return self._gap(need, now)
-            case Duplicate(digest):
-                receipt = self.ledger.commands[digest].receipt_seq
-                again: list[Effect] = [] if receipt is None else [ReportAgain((receipt,))]
-                return [Note("command.duplicated", {"cmd_id": command.value.cmd_id}), *again]
-            case Advance():
-                return self._consumed(command, judgement, now)
-            case _:
-                assert_never(judgement)
-
-    def _unconsumed(
-        self, digest: Digest, reason: Reason, detail: str, command: Verified[Command] | None
-    ) -> list[Effect]:
-        cmd_id = None if command is None else command.value.cmd_id
-        event = "alarm.raised" if reason is Reason.CHAIN_FORK else "command.refused"
-        return [
-            Note(event, {"reason": reason, "envelope": digest, "cmd_id": cmd_id}),
-            Say(Refused(digest=digest, reason=reason, detail=detail, cmd_id=cmd_id)),
-        ]
-
-    def _gap(self, need: int, now: Now) -> list[Effect]:
-        asked, at_ms = self._needed
-        if asked == need and now.boot_ms - at_ms < NEED_AGAIN_MS:
-            return []
-        self._needed = (need, now.boot_ms)
-        return [Note("stream.gap_found", {"seq": need}), Say(Need(seq=need))]
-
-    def _consumed(self, command: Verified[Command], advance: Advance, now: Now) -> list[Effect]:
+    def consumed(self, command: Verified[Command], advance: Advance, now: Now) -> list[Effect]:
         header = command.value
         row = CommandRow(
             digest=command.digest,
@@ -250,7 +244,11 @@ class Engine:
                 args = parse_args(header)
             except ArgsRefused as exc:
                 return self.refuse(command.digest, Refusal(exc.reason, exc.detail), now)
-            refusal = refuse_args(header, args, self.policy, self.attempts.living_beside(args)) or self.trees.busy(args)
+            refusal = (
+                refuse_args(header, args, self.policy, self.attempts.living_beside(args))
+                or self.gate.refusal(args)
+                or self.trees.refusal(header, args)
+            )
         if refusal is not None:
             return self.refuse(command.digest, refusal, now)
         match args:
@@ -258,6 +256,8 @@ class Engine:
                 return self.attempts.stop(command, args, now)
             case LeaseRelease():
                 return self.leases.release(command, args, now)
+            case LeaseAcquire():
+                return self.leases.acquire(command, args, now)
             case ExecutionStart() | WorktreeCreate() | WorktreeRemove():
                 return self._enqueue(command, args, now)
             case _:
@@ -298,7 +298,7 @@ class Engine:
         """A command of an earlier daemon, from the journal: with the keys of today, or why not."""
         try:
             row = self.ledger.commands[digest]
-            command = open_envelope(row.envelope, PayloadType.COMMAND, self._keys, Command.parse)
+            command = open_envelope(row.envelope, PayloadType.COMMAND, self.keys, Command.parse)
             return command, parse_args(command.value)
         except (EnvelopeError, ArgsRefused) as exc:
             return Refusal(exc.reason, "it does not open any more")
@@ -322,7 +322,9 @@ class Engine:
 
     def refuse(self, digest: Digest, refusal: Refusal, now: Now) -> list[Effect]:
         """The receipt of a command that has no effect."""
-        return self.receipt(digest, Outcome.REFUSED, now, reason=refusal.reason, detail=refusal.detail)
+        after_ms = refusal.retry_after_ms
+        result: JsonObject | None = None if after_ms is None else {"retry_after_ms": after_ms}
+        return self.receipt(digest, Outcome.REFUSED, now, reason=refusal.reason, detail=refusal.detail, result=result)
 
     def receipt(
         self,
@@ -353,6 +355,13 @@ class Engine:
             Note(event, {"cmd_id": row.cmd_id, "kind": row.kind, "seq": row.seq, "reason": reason}),
         ]
 
+    def tell(self, kind: EventKind, now: Now, *, attempt: Attempt | None = None, **facts: Any) -> list[Effect]:
+        """An event for people and dashboards, durable until it is answered; `facts` are fields of `Event`."""
+        if attempt is not None:
+            facts |= {"execution_id": attempt.execution_id, "start_token": attempt.start_token}
+        item = self.statements.event(Event(kind=kind, at_ms=now.wall_ms, **facts))
+        return [Persist((PutEvent(item, now.wall_ms),)), Offer((item,))]
+
     def free(self, digest: Digest, now: Now) -> list[Effect]:
         """The effect of a command is over: whoever waited for its resources begins."""
         # What recovery took back holds claims without a pending command.
@@ -367,17 +376,14 @@ class Engine:
     # --- session and time ---------------------------------------------------------------------------------------
 
     def plane_ms(self, now: Now) -> int:
-        """The control plane's clock; our own wall clock before the first welcome of this daemon."""
-        return now.wall_ms if self.plane_offset_ms is None else now.boot_ms + self.plane_offset_ms
+        """The control plane's clock, as far as it is known."""
+        return self.rhythm.plane_ms(now)
 
     def _session_up(self, established: Established, now: Now) -> list[Effect]:
         effects: list[Effect] = []
-        self.session_up = True
-        self.plane_offset_ms = established.now_ms - now.boot_ms
-        self.beat_ms = established.beat_ms
         if established.keyset.value.version > self.keyset.value.version or established.certificate is not None:
             self.keyset = established.keyset
-            self._keys = self.keyset.value.keys_for(Role.COMMAND, Role.SAFETY)
+            self.keys = self.keyset.value.keys_for(Role.COMMAND, Role.SAFETY)
             effects.append(KeepIdentity(established.keyset, established.certificate))
             effects.append(Note("keyset.updated", {"version": self.keyset.value.version}))
         if established.certificate is not None:
@@ -387,12 +393,4 @@ class Engine:
             self.statements.inc = inc
             self.ledger.ctl = established.ctl
             effects.append(Note("incarnation.raised", {"inc": inc}))
-        return [*effects, *self._beat(now)]
-
-    def _tick(self, now: Now) -> list[Effect]:
-        due = self.session_up and now.boot_ms >= self.next_beat_ms
-        return [*self._answers(now), *self.leases.tick(now), *(self._beat(now) if due else [])]
-
-    def _beat(self, now: Now) -> list[Effect]:
-        self.next_beat_ms = now.boot_ms + self.beat_ms
-        return [SendBeat(self.ledger.ctl.hw, self.leases.held(), self.attempts.living_names())]
+        return [*effects, *self.rhythm.up(established, now)]

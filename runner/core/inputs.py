@@ -6,7 +6,16 @@ from protocol.errors import Reason
 from protocol.handshake import Established
 from protocol.ids import Attempt, Digest
 from protocol.session import BeatAnswered, ItemsAnswered
-from runner.core.plans import ExitRecord, ProcessIdentity, Swept, WorktreeGone, WorktreeMade
+from runner.core.plans import (
+    Admission,
+    ExitRecord,
+    Headroom,
+    Orphan,
+    ProcessIdentity,
+    Swept,
+    WorktreeGone,
+    WorktreeMade,
+)
 from runner.core.policy import Policy
 
 
@@ -73,6 +82,63 @@ class AttemptLost:
 
 
 @dataclass(frozen=True, slots=True)
+class ShimSilent:
+    """The shim of an attempt holds its lock and does not answer."""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class OrphansFound:
+    """One look at all processes of this machine: those of ours, by attempt."""
+
+    found: tuple[Orphan, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RemainsSwept:
+    """What was left of a settled or unknown attempt was ended, as far as it can be."""
+
+    attempt: Attempt
+    evidence: Swept
+
+
+@dataclass(frozen=True, slots=True)
+class HeadroomMeasured:
+    """What the machine has left."""
+
+    headroom: Headroom
+
+
+@dataclass(frozen=True, slots=True)
+class Woke:
+    """The machine slept for `slept_ms`."""
+
+    slept_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerAdmission:
+    """The owner of the machine, or the daemon's own end (`by`), opens or closes it for new work.
+
+    `deadline_ms` (BOOTTIME): when a drain stops what still runs; None: never. `keep`: also for the next daemon.
+    """
+
+    admission: Admission
+    by: str
+    deadline_ms: int | None = None
+    keep: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerSweep:
+    """The owner wants everything ended that is left of an attempt which is settled or unknown here."""
+
+    attempt: Attempt
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
 class WorktreeCreated:
     """The effect of the command `digest` is there."""
 
@@ -129,6 +195,13 @@ Input = (
     | AttemptNotPrepared
     | AttemptExited
     | AttemptLost
+    | ShimSilent
+    | OrphansFound
+    | RemainsSwept
+    | HeadroomMeasured
+    | Woke
+    | OwnerAdmission
+    | OwnerSweep
     | WorktreeCreated
     | WorktreeRemoved
     | WorktreeFailed

@@ -1,13 +1,17 @@
 """What the journal is asked to remember: a closed union of writes, and the image it gives back at start."""
 
 from dataclasses import dataclass
+from typing import Final
 
 from protocol.execution import AttemptState
 from protocol.ids import Attempt, CommandId, Digest, WorktreeId
 from protocol.lease import Lease
 from protocol.messages import ReportItem
 from protocol.replay import Mark
-from runner.core.plans import CommandRow, ProcessIdentity, WorktreeMade
+from runner.core.plans import Admission, CommandRow, ProcessIdentity, WorktreeMade
+
+SUPERSEDED_BY: Final = "superseded by "
+"""How the `stop_by` of an attempt begins whose successor ended it; no id has a space."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,8 @@ class AttemptRow:
     stop_grace_ms: int | None = None
     worktree_id: WorktreeId | None = None
     settled_seq: int | None = None
+    fenced_by: int | None = None
+    """The token of the later attempt that takes its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +99,8 @@ class WorktreeRow:
     digest: Digest
     repo: str
     made: WorktreeMade | None
+    token: int = 0
+    """The highest fencing token of a command about it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +126,16 @@ class PutAnswered:
 
 
 @dataclass(frozen=True, slots=True)
+class PutAdmission:
+    """The owner's word on new work; `deadline_ms` (wall) is when a drain stops what still runs."""
+
+    admission: Admission
+    deadline_ms: int | None
+    by: str
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class AppendLeaf:
     """One decision for the append-only table: what was decided about what, and under which policy."""
 
@@ -139,6 +157,7 @@ Write = (
     | PutWorktree
     | DropWorktree
     | PutAnswered
+    | PutAdmission
     | AppendLeaf
 )
 
@@ -157,3 +176,6 @@ class Image:
     worktrees: list[WorktreeRow]
     out_head: int
     """Highest `out_seq`."""
+    admission: Admission = Admission.OPEN
+    drain_deadline_ms: int | None = None
+    """Wall time."""

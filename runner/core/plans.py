@@ -27,6 +27,10 @@ class AttemptPlan:
     grace_ms: int
     roots: tuple[str, ...]
     """Directories one of which must hold the real path of `cwd`."""
+    token: int = 1
+    """The fencing token it runs under: its shim does not start it behind a higher fence."""
+    outlive: tuple[str, ...] = ()
+    """Names of processes that the owner lets live on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +66,8 @@ class WorktreePlan:
     branch: str | None
     roots: tuple[str, ...]
     """Directories one of which must hold the real path of `repo`."""
+    token: int = 0
+    """The fencing token of the command; a lower one than the owner marker's is refused. 0: none was given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +79,8 @@ class RemovalPlan:
     force: bool
     pre_head: str | None = None
     """The commit its HEAD must be at, else PRECONDITION_FAILED."""
+    token: int = 0
+    """As of WorktreePlan."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +131,21 @@ class ExitRecord:
     boot_id: str
     unreleased: bool = False
     """It was never let go: provably nothing ran."""
+    remains: tuple["ProcessLeft", ...] = ()
+    outlived: tuple["ProcessLeft", ...] = ()
+    tiers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessLeft:
+    """A process that was left alive, as its shim or the sweeper saw it; `why` is empty for one that was let live."""
+
+    pid: int
+    start: int
+    name: str
+    state: str = ""
+    wchan: str = ""
+    why: str = ""
 
 
 class Phase(StrEnum):
@@ -136,13 +159,19 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
-    """What is found of an attempt on disk at start."""
+    """What is found of an attempt on this machine at start."""
 
     attempt: Attempt
     same_boot: bool
     phase: Phase
     lock_held: bool
     exit: ExitRecord | None
+    spec: bool = True
+    """Whether its spec is there and can be read: without one no shim was ever let go."""
+    shim_answers: bool = True
+    """Whether a shim that holds the lock says hello; one that does not is hung."""
+    child_alive: bool = False
+    """Whether something that carries its cookie is alive."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +181,14 @@ class Swept:
     found: int
     signalled: int
     remaining: int
+    tiers: tuple[tuple[str, int, int], ...] = ()
+    """Tier, signal, count."""
+    seen: tuple[str, ...] = ()
+    """Who was found, a line for each, as many as evidence needs; likewise below."""
+    remains: tuple[str, ...] = ()
+    """Who could not be ended, and how it stands: `1234 sleep D wchan=folio_wait_bit d_state`."""
+    outlived: tuple[str, ...] = ()
+    """Who was let live on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,3 +203,38 @@ class CommandRow:
     policy_digest: Digest
     receipt_seq: int | None
     """`out_seq` of its receipt; None while its effect is pending."""
+
+
+class Admission(StrEnum):
+    """Whether new work is taken; the owner's word."""
+
+    OPEN = "open"
+    PAUSED = "paused"
+    """New starts are refused, or wait at the control plane; what runs goes on."""
+    DRAINING = "draining"
+    """As paused, and what still runs at the deadline is stopped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Headroom:
+    """What this machine has left, measured; None: the system does not tell."""
+
+    disk_free: int | None = None
+    disk_total: int | None = None
+    """Bytes of the file system of the state directory."""
+    inodes_free: int | None = None
+    inodes_total: int | None = None
+    memory_available: int | None = None
+    fds_free: int | None = None
+    """Descriptors the daemon may still open."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Orphan:
+    """Living processes that carry the cookie of one attempt of ours."""
+
+    name: str
+    """The attempt's, as the cookie has it; also of tools."""
+    processes: int
+    shim_alive: bool
+    """Whether a shim holds the attempt's lock: then they are guarded, and no orphans."""

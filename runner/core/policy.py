@@ -21,3 +21,14 @@ class Policy:
     concurrent_max: int = 0
     """Living attempts at a time."""
     grace_ms_max: int = 0
+    outlive: tuple[str, ...] = ()
+    """Names of processes that may outlive an execution: a program, or the last part of a Java main class."""
+    on_daemon_stop: str = "leave"
+    """What the first SIGTERM does to what runs: leave it under its shims, drain, or stop."""
+    disk_free_min: int = 0
+    """Bytes that must be free for new work, at least; together with the percentage, whichever is more."""
+    disk_free_percent_min: int = 0
+    inodes_free_percent_min: int = 0
+    memory_available_min: int = 0
+    """Bytes."""
+    fds_free_min: int = 0

@@ -9,12 +9,24 @@ from typing import TYPE_CHECKING
 
 from protocol.commands import ExecutionStart
 from protocol.errors import Reason
+from protocol.events import EventKind
 from protocol.execution import AttemptState
 from protocol.ids import Attempt
 from runner.core.admission import Refusal
-from runner.core.effects import AbandonAttempt, AdoptAttempt, CollectAttempt, Effect, Note, StopAttempt, SweepAttempt
+from runner.core.effects import (
+    AbandonAttempt,
+    AdoptAttempt,
+    CollectAttempt,
+    Effect,
+    EndHungShim,
+    Note,
+    Persist,
+    StopAttempt,
+    SweepAttempt,
+    SweepRemains,
+)
 from runner.core.inputs import AttemptExited, AttemptLost, Now
-from runner.core.journaling import AttemptRow
+from runner.core.journaling import AttemptRow, PutAttempt
 from runner.core.plans import Observed
 from runner.core.recovery import RecoveryStep, decide
 from runner.core.trees import resource
@@ -30,20 +42,31 @@ def take_back(engine: "Engine", found: Sequence[Observed], now: Now) -> list[Eff
     for row in list(engine.attempts.rows.values()):
         effects += _known(engine, row, on_disk.pop(row.attempt, None), now)
     for observed in on_disk.values():
-        effects += _unknown(observed)
+        effects += _unknown(engine, observed, now)
     return effects
 
 
-def _unknown(found: Observed) -> list[Effect]:
+def _unknown(engine: "Engine", found: Observed, now: Now) -> list[Effect]:
     if decide(None, found) is RecoveryStep.CLEAR:
         return [AbandonAttempt(found.attempt)]
-    return [Note("alarm.raised", {"attempt": found.attempt.name, "reason": Reason.UNKNOWN_TARGET})]
+    told = [
+        Note("alarm.raised", {"attempt": found.attempt.name, "reason": Reason.UNKNOWN_TARGET}),
+        *engine.tell(EventKind.ATTEMPT_UNKNOWN, now, attempt=found.attempt, reason=Reason.UNKNOWN_TARGET),
+    ]
+    if not (found.lock_held and found.same_boot and found.exit is None):
+        return told
+    # Its output goes up and its end is heard, though nothing can be settled with it.
+    engine.attempts.strangers[found.attempt] = None
+    return [*told, AdoptAttempt(found.attempt)]
 
 
 def _known(engine: "Engine", row: AttemptRow, found: Observed | None, now: Now) -> list[Effect]:
     todo = decide(row.state, found)
+    if found is None and row.shim is not None and row.shim.boot_id != engine.statements.boot_id:
+        # Without a directory only the journal knows of which boot its shim was.
+        todo = RecoveryStep.LOST_REBOOT if todo is RecoveryStep.LOST_SHIM else todo
     if row.state is AttemptState.SETTLED:
-        return [CollectAttempt(row.attempt)] if todo is RecoveryStep.COLLECT else []
+        return _settled(engine, row, found, todo)
     _hold(engine, row)
     match todo:
         case RecoveryStep.START_AGAIN:
@@ -52,7 +75,11 @@ def _known(engine: "Engine", row: AttemptRow, found: Observed | None, now: Now) 
             refusal = Refusal(Reason.NOT_RELEASED, "it was stopped before it was let go")
             return engine.attempts.never(row.attempt, refusal, now)
         case RecoveryStep.ADOPT:
-            return [*_caught_up(engine, row, now), *_adopt(engine, row.attempt, now)]
+            return [*_caught_up(engine, row, now), *adopt(engine, row.attempt, now)]
+        case RecoveryStep.END_HUNG:
+            # Should that not help, either, it is tried again.
+            engine.orphans.expect_stop(row.attempt, row.stop_grace_ms, now)
+            return [*_caught_up(engine, row, now), EndHungShim(row.attempt, row.shim)]
         case RecoveryStep.LOST_SHIM:
             return [*_caught_up(engine, row, now), SweepAttempt(row.attempt)]
         case RecoveryStep.LOST_REBOOT:
@@ -63,6 +90,21 @@ def _known(engine: "Engine", row: AttemptRow, found: Observed | None, now: Now) 
             assert found is not None and found.exit is not None, "the table wants an exit record"
             exited = AttemptExited(row.attempt, found.exit)
             return [*_caught_up(engine, row, now), *engine.attempts.exited(exited, now)]
+
+
+def _settled(engine: "Engine", row: AttemptRow, found: Observed | None, todo: RecoveryStep) -> list[Effect]:
+    """Its last word is said: nothing of it may live, but for what could not be ended, which is watched on."""
+    if found is not None and found.same_boot and found.child_alive and found.exit is not None and found.exit.survivors:
+        engine.orphans.survivors[row.attempt] = found.exit.survivors
+    match todo:
+        case RecoveryStep.COLLECT:
+            return [CollectAttempt(row.attempt)]
+        case RecoveryStep.END_HUNG:
+            return [EndHungShim(row.attempt, row.shim)]
+        case RecoveryStep.SWEEP_REMAINS:
+            return [SweepRemains(row.attempt)]
+        case _:
+            return []
 
 
 def _hold(engine: "Engine", row: AttemptRow) -> None:
@@ -76,11 +118,15 @@ def _caught_up(engine: "Engine", row: AttemptRow, now: Now) -> list[Effect]:
     return engine.attempts.accept(row, now) if row.state is AttemptState.INTENT else []
 
 
-def _adopt(engine: "Engine", attempt: Attempt, now: Now) -> list[Effect]:
+def adopt(engine: "Engine", attempt: Attempt, now: Now) -> list[Effect]:
     """Connect, and say again what the shim may not have heard: its deadline, and a stop."""
     row = engine.attempts.rows[attempt]
-    stop = [] if row.stop_by is None else [StopAttempt(attempt, row.stop_grace_ms, row.stop_by)]
-    return [AdoptAttempt(attempt), *engine.leases.push(row, now), *stop]
+    engine.leases.expect_loss(row, now)
+    adopted = [AdoptAttempt(attempt), *engine.leases.push(row, now, lifted=True)]
+    if row.stop_by is None:
+        return adopted
+    engine.orphans.expect_stop(attempt, row.stop_grace_ms, now)
+    return [*adopted, StopAttempt(attempt, row.stop_grace_ms, row.stop_by)]
 
 
 def _start_again(engine: "Engine", row: AttemptRow, now: Now) -> list[Effect]:
@@ -96,5 +142,7 @@ def _start_again(engine: "Engine", row: AttemptRow, now: Now) -> list[Effect]:
     assert isinstance(start, ExecutionStart), "an attempt comes from a start"
     # The deadline in the journal may be of another boot, whose clock says nothing about this one.
     lease = engine.leases.granted(command.value, row, now)
-    engine.attempts.put(replace(row, state=AttemptState.INTENT, shim=None, lease=lease))
-    return engine.attempts.begin(command, start, now)
+    row = replace(row, state=AttemptState.INTENT, shim=None, lease=lease)
+    engine.attempts.put(row)
+    # Durable before its directory is cleared: PREPARED beside an empty one would be no proof that nothing ran.
+    return [Persist((PutAttempt(row, now.wall_ms),)), *engine.attempts.begin(command, start, now)]

@@ -1,6 +1,7 @@
 """Worktrees in the engine: which there are, which are being made or removed, and the receipts of both."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from protocol.commands import Args, Command, WorktreeCreate, WorktreeRemove
@@ -38,7 +39,15 @@ class Trees:
         row = self.rows.get(worktree_id)
         return row is not None and row.made is not None
 
-    def busy(self, args: Args) -> Refusal | None:
+    def refusal(self, header: Command, args: Args) -> Refusal | None:
+        """Why what is known of its worktree does not let a command be done; the owner marker is asked again at the edge."""
+        if isinstance(args, WorktreeCreate | WorktreeRemove) and header.lease is not None:
+            row = self.rows.get(args.worktree_id)
+            if row is not None and header.lease.token < row.token:
+                return Refusal(Reason.FENCED, "a later command about this worktree is known")
+        return self._busy(args)
+
+    def _busy(self, args: Args) -> Refusal | None:
         """A removal waits for no attempt: it may live for days, and every other command of the repository would wait too."""
         if isinstance(args, WorktreeRemove) and self._engine.attempts.uses(args.worktree_id):
             return Refusal(Reason.WORKTREE_BUSY, "an attempt lives in it")
@@ -46,17 +55,24 @@ class Trees:
 
     def begin(self, command: Verified[Command], args: WorktreeCreate | WorktreeRemove, now: Now) -> list[Effect]:
         """The claims are held."""
+        distrusted = self._engine.inbox.distrusted(command.digest)
+        if distrusted is not None:
+            return [*self._engine.refuse(command.digest, distrusted, now), *self._engine.free(command.digest, now)]
         if isinstance(args, WorktreeCreate):
             taken = self.rows.get(args.worktree_id)
             # A row of this very command is its own, half made by an earlier daemon.
             if taken is not None and taken.digest != command.digest:
                 refusal = Refusal(Reason.WORKTREE_EXISTS, "the id is taken")
                 return [*self._engine.refuse(command.digest, refusal, now), *self._engine.free(command.digest, now)]
+            plan = worktree_plan(command.value, args, self._engine.policy)
             row = WorktreeRow(
-                worktree_id=WorktreeId(args.worktree_id), digest=command.digest, repo=args.repo, made=None
+                worktree_id=WorktreeId(args.worktree_id),
+                digest=command.digest,
+                repo=args.repo,
+                made=None,
+                token=plan.token,
             )
             self.rows[args.worktree_id] = row
-            plan = worktree_plan(command.value, args, self._engine.policy)
             return [Persist((PutWorktree(row),)), CreateWorktree(plan, command.digest)]
         self._removing[command.digest] = args.worktree_id
         return [RemoveWorktree(removal_plan(command.value, args), command.digest)]
@@ -64,7 +80,7 @@ class Trees:
     def created(self, created: WorktreeCreated, now: Now) -> list[Effect]:
         """The effect is there, and verified."""
         row = self._row_of(created.digest)
-        made = WorktreeRow(worktree_id=row.worktree_id, digest=row.digest, repo=row.repo, made=created.made)
+        made = replace(row, made=created.made)
         self.rows[row.worktree_id] = made
         result: JsonObject = {
             "worktree_id": row.worktree_id,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, assert_never
 
 from protocol import strict_json
 from protocol.commands import STREAM_OF, Kind, Stream
@@ -41,6 +41,7 @@ from runner.core.journaling import (
     AttemptRow,
     DropWorktree,
     Image,
+    PutAdmission,
     PutAnswered,
     PutAttempt,
     PutCommand,
@@ -53,7 +54,7 @@ from runner.core.journaling import (
     WorktreeRow,
     Write,
 )
-from runner.core.plans import CommandRow, ExitRecord, Observed, ProcessIdentity, WorktreeMade
+from runner.core.plans import Admission, CommandRow, ExitRecord, Observed, ProcessIdentity, WorktreeMade
 from runner.core.policy import Policy
 from tests.support.builders import (
     NOW_MS,
@@ -154,6 +155,7 @@ class JournalModel:
     items: dict[int, ReportItem] = field(default_factory=dict)
     answered: set[int] = field(default_factory=set)
     leaves: list[AppendLeaf] = field(default_factory=list)
+    admission: tuple[Admission, int | None] = (Admission.OPEN, None)
 
     def apply(self, write: Write) -> None:
         """Do one write. Raises RuleBroken."""
@@ -191,8 +193,12 @@ class JournalModel:
                 self.worktrees.pop(worktree_id, None)
             case PutAnswered(out_seqs):
                 self.answered.update(out_seqs)
+            case PutAdmission(admission, deadline_ms):
+                self.admission = (admission, deadline_ms)
             case AppendLeaf():
                 self.leaves.append(write)
+            case _:
+                assert_never(write)
 
     def _put(self, item: ReportItem, kind: ItemKind) -> None:
         _must(item.kind is kind and item.out_seq not in self.items, "a number is used once")
@@ -211,6 +217,8 @@ class JournalModel:
             tombstones=dict(self.tombstones),
             worktrees=list(self.worktrees.values()),
             out_head=max(self.items, default=0),
+            admission=self.admission[0],
+            drain_deadline_ms=self.admission[1],
         )
 
 
@@ -292,6 +300,7 @@ class World:
     journal: JournalModel = field(default_factory=JournalModel)
     now: Now = field(default_factory=lambda: Now(NOW_MS, BOOT_MS))
     inc: int = 1
+    boot_id: str = BOOT_ID
     mark: Mark = field(default_factory=Mark)
     """How far the plane has signed."""
     released: list[Attempt] = field(default_factory=list)
@@ -376,6 +385,13 @@ class World:
         """A sealed lease.release."""
         return self.seal(self.fields(Kind.LEASE_RELEASE, {"res": res, "token": token}, **over))
 
+    def acquire(self, execution_id: str = "ex_1", token: int = 2, start_token: int = 1, **over: Any) -> bytes:
+        """A sealed lease.acquire: the same attempt, under another token of its resource."""
+        lease = {"res": f"exec:{execution_id}", "token": token, "ttl_ms": 60_000, "on_loss": "stop"}
+        lease |= over.pop("lease", {})
+        args = {"execution_id": execution_id, "start_token": start_token}
+        return self.seal(self.fields(Kind.LEASE_ACQUIRE, args, lease=lease, **over))
+
     # --- the runner ---------------------------------------------------------------------------------------------
 
     def _new_engine(self) -> Engine:
@@ -383,7 +399,7 @@ class World:
             key=a_key("runner"),
             certificate=a_certificate(inc=self.inc),
             keyset=self.keyset,
-            boot_id=BOOT_ID,
+            boot_id=self.boot_id,
         )
         return Engine(identity, self.policy, {"PATH": "/bin"}, self.journal.image())
 
@@ -421,30 +437,52 @@ class World:
         return Turn(effects)
 
     def crash(self, *found: Observed, boot_ms: int = 0) -> Turn:
-        """Another daemon starts on the same journal and finds these directories."""
+        """Another daemon starts on the same journal and finds these directories; `boot_ms` later."""
         self.pass_time(boot_ms)
         self.engine = self._new_engine()
         return self.take(self.engine.recover(found, self.now))
 
-    def session(self, *, reborn: bool = False, now_ms: int | None = None) -> Turn:
-        """A handshake succeeds; `reborn`: into a new incarnation."""
+    def reboot(self, *found: Observed, boot_ms: int = 1_000) -> Turn:
+        """The machine starts anew, and its clock with it; then a daemon that finds these directories."""
+        self.boot_id = f"{self.boot_id}+"
+        self.now = Now(self.now.wall_ms + 60_000, boot_ms)
+        return self.crash(*found)
+
+    def session(
+        self,
+        *,
+        reborn: bool = False,
+        now_ms: int | None = None,
+        beat_ms: int = 10_000,
+        keyset: Verified[Keyset] | None = None,
+    ) -> Turn:
+        """A handshake succeeds."""
+        return self.step(SessionUp(self.established(reborn=reborn, now_ms=now_ms, beat_ms=beat_ms, keyset=keyset)))
+
+    def established(
+        self,
+        *,
+        reborn: bool = False,
+        now_ms: int | None = None,
+        beat_ms: int = 10_000,
+        keyset: Verified[Keyset] | None = None,
+    ) -> Established:
+        """What a handshake brings; `reborn`: a new incarnation; `keyset`: a newer one."""
         certificate = None
         if reborn:
             self.inc += 1
             self.mark = Mark()
             sealed = a_sealed_certificate(inc=self.inc)
             certificate = open_certificate(sealed, self.engine.keyset.value)
-        established = Established(
+        return Established(
             session="s_1",
             now_ms=self.now.wall_ms if now_ms is None else now_ms,
-            beat_ms=10_000,
+            beat_ms=beat_ms,
             out_hw=0,
             ctl=self.mark,
-            keyset=self.engine.keyset,
+            keyset=keyset or self.engine.keyset,
             certificate=certificate,
         )
-        return self.step(SessionUp(established))
-
     # --- shortcuts ----------------------------------------------------------------------------------------------
 
     def running(self, execution_id: str = "ex_1", token: int = 1, env: bytes | None = None, **over: Any) -> Turn:

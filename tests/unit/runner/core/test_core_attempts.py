@@ -96,12 +96,12 @@ def test_a_successor_ends_its_predecessor_and_waits_for_its_end() -> None:
 
 
 def test_a_superseded_attempt_that_waits_never_runs() -> None:
-    """Three in a row: the second is cancelled in its turn, the third begins."""
+    """Three in a row: the second is fenced off in its turn, the third begins."""
     world = World()
     world.running("ex_1", 1)
     world.send(world.start("ex_1", 2), world.start("ex_1", 3))
     turn = world.exit("ex_1", 1)
-    assert turn.reasons == [Reason.CANCELLED_BEFORE_START]
+    assert turn.reasons == [Reason.FENCED]
     assert turn.one(PrepareAttempt).plan.attempt == an_attempt("ex_1", 3)
 
 

@@ -5,25 +5,31 @@ from dataclasses import replace
 import pytest
 
 from protocol.errors import Reason
-from protocol.messages import Answer, Hint
+from protocol.keyset import Revocation, RevokedFor
+from protocol.messages import Answer, Fetch, Hint
 from protocol.receipt import Outcome
 from protocol.session import BeatAnswered, ItemsAnswered
 from runner.core import engine as engine_module
 from runner.core import ledger as ledger_module
 from runner.core.effects import (
+    AbandonAttempt,
+    CreateWorktree,
     KeepIdentity,
     Note,
     Offer,
     Persist,
     PrepareAttempt,
     ReleaseAttempt,
+    RemoveWorktree,
     ReportAgain,
+    Say,
     SendBeat,
+    StopAttempt,
 )
-from runner.core.inputs import AttemptPrepared, PolicyChanged, SessionDown, Tick
+from runner.core.inputs import AttemptPrepared, PolicyChanged, SessionDown, Tick, WorktreeCreated
 from runner.core.journaling import AttemptRow, PutAnswered, PutAttempt, PutCommand, PutMark, PutReceipt, PutSettlement
-from tests.support.builders import a_mark, an_attempt
-from tests.support.engine import SHIM, Turn, World, a_policy
+from tests.support.builders import NOW_MS, a_key, a_keyset, a_mark, a_verified_keyset, an_attempt
+from tests.support.engine import SHIM, Turn, World, a_made, a_policy
 
 
 def writes_of(turn: Turn) -> list[type]:
@@ -170,14 +176,14 @@ def test_a_report_that_was_refused_for_ever_is_noted() -> None:
 
 
 def test_a_hint_about_a_settled_attempt_brings_its_settlement_again() -> None:
-    """And one about a living or unknown attempt does nothing: it is unsigned."""
+    """And one about a living or unknown attempt only asks for the command it names: it is unsigned."""
     world = World()
     world.running("ex_1")
     world.running("ex_2")
     number = world.exit("ex_1").items[0].out_seq
     hints = tuple(Hint(attempt=name, want="stopped", cmd_id="cmd_x") for name in ("ex_1.1", "ex_2.1", "ex_9.1"))
     turn = world.step(BeatAnswered(0, world.now.wall_ms, 10_000, (), hints))
-    assert list(turn) == [ReportAgain((number,))]
+    assert list(turn) == [ReportAgain((number,)), Say(Fetch(cmd_ids=["cmd_x"]))]
 
 
 def test_a_new_policy_counts_from_the_next_command_on() -> None:
@@ -241,3 +247,64 @@ def test_a_reopened_command_whose_key_is_gone_is_refused() -> None:
     assert turn.receipt.reason is Reason.BAD_ENVELOPE and not turn.has(PrepareAttempt)
     assert world.engine.attempts.living == 0
     assert isinstance(world.journal.attempts[an_attempt()], AttemptRow)
+
+
+REVOKED = a_verified_keyset(
+    keyset=a_keyset(
+        version=2,
+        revoked=[Revocation(kid=a_key("command").key_id, at=NOW_MS - 1, reason=RevokedFor.COMPROMISED)],
+    )
+)
+
+
+def rekeyed(world: World) -> Turn:
+    """The session brings a keyset in which the command key is compromised."""
+    return world.session(keyset=REVOKED)
+
+
+@pytest.mark.parametrize("waits_for", ["shim", "turn"])
+def test_nothing_begins_whose_key_was_revoked_meanwhile(waits_for: str) -> None:
+    """1. A start is consumed. 2. Its key is found to be compromised. 3. Its turn comes, or its shim. 4. It never runs."""
+    world = World()
+    if waits_for == "turn":
+        world.running("ex_1", 1)
+        world.send(world.start("ex_1", 2))
+        rekeyed(world)
+        turn = world.exit("ex_1", 1)
+    else:
+        world.send(world.start())
+        rekeyed(world)
+        turn = world.step(AttemptPrepared(an_attempt(), SHIM))
+        assert turn.has(AbandonAttempt)
+    assert turn.reasons == [Reason.UNKNOWN_KEY]
+    assert not turn.has(PrepareAttempt) and not turn.has(ReleaseAttempt)
+    assert world.engine.attempts.living == 0 and len(world.engine.claims) == 0
+
+
+def test_no_worktree_is_made_or_removed_whose_command_was_revoked_while_it_waited() -> None:
+    """The one under way is carried to its end."""
+    world = World()
+    first = world.send(world.create("wt_1")).one(CreateWorktree)
+    world.send(world.create("wt_2"), world.remove("wt_1"))
+    rekeyed(world)
+    turn = world.step(WorktreeCreated(first.digest, a_made()))
+    assert [receipt.outcome for receipt in turn.receipts] == [Outcome.DONE, Outcome.REFUSED, Outcome.REFUSED]
+    assert turn.reasons[1:] == [Reason.UNKNOWN_KEY] * 2
+    assert not turn.has(CreateWorktree) and not turn.has(RemoveWorktree) and len(world.engine.claims) == 0
+
+
+def test_what_runs_goes_on_when_its_key_is_revoked() -> None:
+    """Whether it is to end is for a signed word to say; a key that is still trusted can say it."""
+    world = World()
+    world.running()
+    assert not rekeyed(world).has(StopAttempt)
+    assert world.send(world.start("ex_2")).refused.reason is Reason.UNKNOWN_KEY
+    assert world.send(world.stop(key=a_key("safety"))).has(StopAttempt)
+
+
+def test_a_newer_keyset_that_still_trusts_a_key_lets_its_commands_begin() -> None:
+    """What was signed is judged by the keys of today, and they are fine."""
+    world = World()
+    world.send(world.start())
+    world.session(keyset=a_verified_keyset(keyset=a_keyset(version=2)))
+    assert world.step(AttemptPrepared(an_attempt(), SHIM)).has(ReleaseAttempt)

@@ -10,6 +10,7 @@ from protocol.errors import Reason
 from protocol.execution import AttemptState
 from protocol.lease import LeaseState
 from protocol.messages import HeldLease, Renewal
+from protocol.receipt import Verdict
 from protocol.session import BeatAnswered
 from runner.core.effects import (
     AbandonAttempt,
@@ -66,7 +67,7 @@ def test_a_lease_is_told_to_the_shim_before_it_is_let_go() -> None:
     world.send(start)
     turn = world.step(AttemptPrepared(an_attempt(), SHIM))
     push = turn.one(PushLease)
-    assert push == PushLease(an_attempt(), 1, BOOT_MS + 60_000, LeaseAction.STOP)
+    assert push == PushLease(an_attempt(), 1, BOOT_MS + 60_000, LeaseAction.STOP, 20_000, world.row().lease)
     assert turn.index(push) < turn.index(turn.one(ReleaseAttempt))
 
 
@@ -118,9 +119,6 @@ def test_a_renewal_of_another_lease_changes_nothing(token: int, res: str) -> Non
 def test_a_lease_past_its_deadline_is_lost_once_and_for_good() -> None:
     """The shim acts by itself; here it is journaled, told once, and not renewed by a late answer."""
     world = leased()
-    world.session()
-    assert world.engine.wake_at_ms == BOOT_MS + 10_000
-    world.engine.next_beat_ms = BOOT_MS + 900_000
     assert world.engine.wake_at_ms == BOOT_MS + 60_000
     world.pass_time(60_000)
     turn = world.step(Tick())
@@ -191,7 +189,7 @@ def test_a_signed_release_does_what_the_loss_would_do() -> None:
     assert turn.receipt.result == {"state": "stop"}
     world = leased("freeze")
     turn = world.send(world.release_lease())
-    assert turn.one(PushLease) == PushLease(an_attempt(), 1, BOOT_MS, LeaseAction.FREEZE)
+    assert turn.one(PushLease) == PushLease(an_attempt(), 1, BOOT_MS, LeaseAction.FREEZE, 20_000)
     world = leased("continue")
     turn = world.send(world.release_lease())
     assert not turn.has(PushLease) and not turn.has(StopAttempt)
@@ -229,17 +227,34 @@ def test_a_release_is_said_again_at_adoption() -> None:
     world.send(world.release_lease())
     world.pass_time(7)
     turn = world.crash(living())
-    assert turn.one(PushLease) == PushLease(an_attempt(), 1, world.now.boot_ms, LeaseAction.FREEZE)
+    assert turn.one(PushLease) == PushLease(an_attempt(), 1, world.now.boot_ms, LeaseAction.FREEZE, 20_000)
 
 
-def test_a_deadline_of_another_boot_is_not_taken_over() -> None:
-    """1. Accepted, never let go. 2. The machine reboots: its clock starts anew. 3. It begins under the grant's own time."""
-    world = leased()
+@pytest.mark.parametrize("accepted", [True, False])
+@pytest.mark.parametrize("boot_ms", [1_000, 2 * BOOT_MS])
+def test_a_lease_of_another_boot_is_over(accepted: bool, boot_ms: int) -> None:
+    """1. Granted, never let go. 2. The machine reboots: nobody knows how long it was down. 3. Nothing begins under it."""
+    world = World()
+    world.send(world.start(lease=a_grant()))
+    if accepted:
+        world.step(AttemptPrepared(an_attempt(), SHIM))
+        world.released.clear()
     found = Observed(
         attempt=an_attempt(), same_boot=False, phase=Phase.READY, lock_held=False, exit=an_unreleased_exit()
     )
-    world.released.clear()
-    world.now = type(world.now)(world.now.wall_ms + 9_000, 1_000)
-    assert world.crash(found).one(PrepareAttempt).again
-    turn = world.step(AttemptPrepared(an_attempt(), SHIM))
-    assert turn.one(PushLease).deadline_ms == 1_000 - 9_000 + 60_000
+    turn = world.reboot(found, boot_ms=boot_ms)
+    assert not turn.has(PrepareAttempt) and not turn.has(PushLease)
+    if accepted:
+        assert (turn.settlement.verdict, turn.settlement.cause.reason) == (Verdict.NEVER_STARTED, Reason.EXPIRED)
+    else:
+        assert turn.reasons == [Reason.EXPIRED]
+
+
+def test_a_lease_that_is_lost_without_harm_lets_its_attempt_begin_in_another_boot() -> None:
+    """`continue` needs no lease to run on; it is told as lost, so that the plane may grant it anew."""
+    world = World()
+    world.send(world.start(lease=a_grant("continue")))
+    assert world.reboot().has(PrepareAttempt)
+    world.step(AttemptPrepared(an_attempt(), SHIM), Tick())
+    beat = world.session().one(SendBeat)
+    assert (beat.leases, beat.lost) == ((), (HeldLease(res="exec:ex_1", token=1),))

@@ -18,6 +18,7 @@ from runner.core.effects import (
     ReleaseAttempt,
     RemoveWorktree,
     ReportAgain,
+    ScanOrphans,
     StopAttempt,
     SweepAttempt,
 )
@@ -40,7 +41,7 @@ def test_a_living_attempt_is_adopted_and_nothing_else() -> None:
     """The daemon's death is invisible to it."""
     world = World()
     world.running()
-    assert list(world.crash(seen())) == [AdoptAttempt(an_attempt())]
+    assert list(world.crash(seen())) == [AdoptAttempt(an_attempt()), ScanOrphans()]
     assert world.exit().settlement.verdict is Verdict.EXITED
 
 
@@ -126,7 +127,7 @@ def test_a_stop_that_was_journaled_is_said_again_at_adoption() -> None:
     world.running()
     world.send(world.stop(cmd_id="cmd_stop", grace_ms=5))
     turn = world.crash(seen())
-    assert list(turn) == [AdoptAttempt(an_attempt()), StopAttempt(an_attempt(), 5, "cmd_stop")]
+    assert list(turn) == [AdoptAttempt(an_attempt()), StopAttempt(an_attempt(), 5, "cmd_stop"), ScanOrphans()]
 
 
 def test_a_stopped_attempt_that_was_never_let_go_is_settled_and_not_begun() -> None:
@@ -145,7 +146,7 @@ def test_a_lost_shim_is_swept_before_it_is_settled() -> None:
         world = World()
         world.running()
         turn = world.crash(*found)
-        assert list(turn) == [SweepAttempt(an_attempt())]
+        assert list(turn) == [SweepAttempt(an_attempt()), ScanOrphans()]
         assert not world.send(world.start("ex_1", 2)).has(PrepareAttempt)  # it holds its claims until then
         lost = world.step(AttemptLost(an_attempt(), Reason.SHIM_LOST, Swept(found=1, signalled=1, remaining=0)))
         assert lost.settlement.verdict is Verdict.LOST and lost.has(PrepareAttempt)
@@ -165,8 +166,8 @@ def test_a_settled_attempt_whose_shim_lingers_is_collected() -> None:
     world = World()
     world.running()
     world.exit()
-    assert list(world.crash(seen())) == [CollectAttempt(an_attempt())]
-    assert list(world.crash(seen(lock_held=False))) == []
+    assert list(world.crash(seen())) == [CollectAttempt(an_attempt()), ScanOrphans()]
+    assert list(world.crash(seen(lock_held=False))) == [ScanOrphans()]
 
 
 def test_a_directory_nobody_knows_is_cleared_or_reported() -> None:
@@ -201,7 +202,7 @@ def test_a_journal_that_was_set_back_believes_the_files(over: dict[str, Any], ve
     if verdict is None:
         assert turn.has(SweepAttempt if over else AdoptAttempt)
         assert world.exit().settlement.verdict is Verdict.EXITED
-    assert world.crash() == []
+    assert world.crash() == [ScanOrphans()]
 
 
 def test_a_pending_start_is_judged_again_by_todays_policy() -> None:
