@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 SPEC_BYTES_MAX: Final = 262_144
 JSON_BYTES_MAX: Final = 65_536
 ERROR_BYTES_MAX: Final = 65_536
-# One page holds every exit record there is; reserving it lets a full disk still take the record.
-EXIT_RESERVED_BYTES: Final = 4096
+# Room for an exit record with all the evidence it may hold; reserving it lets a full disk still take the record.
+EXIT_RESERVED_BYTES: Final = 16_384
 _READ: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 _WRITE: Final = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
@@ -122,7 +122,7 @@ def replace(dirfd: int, name: str, data: bytes) -> None:
 
 
 def reserve(dirfd: int, name: str) -> None:
-    """Set a page of disk aside for `name`, as far as the file system can."""
+    """Set disk aside for `name`, as far as the file system can."""
     try:
         fd = os.open(name + ".tmp", _WRITE, 0o600, dir_fd=dirfd)
     except OSError:

@@ -9,13 +9,30 @@ from __future__ import annotations
 import posix as os
 import select
 
-from runner.shim import child, files, links, machine, output, records, report, spec, system, tree, wire
+from runner.shim import (
+    cgroup,
+    child,
+    fence,
+    files,
+    hearing,
+    links,
+    machine,
+    output,
+    records,
+    report,
+    spec,
+    system,
+    tree,
+    wire,
+)
 from runner.shim.system import signals
 
 # ruff: noqa: SIM105 - contextlib is more than a shim may import
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
+
+    from runner.shim.lease import Lease
 
 # `poll` counts a clock that stands still in suspend: with a deadline pending the clock is looked at this often.
 LOOK_DEADLINE_MS: Final = 2_000
@@ -28,6 +45,8 @@ DURABLE_WAIT_MS: Final = 60_000
 # A daemon that was told the end commits it at once: two syncs side by side would only delay each other.
 SETTLE_WAIT_MS: Final = 20
 FAULTS_MAX: Final = 3
+# No sleep that is shorter costs a lease its renewal.
+WAKE_GAP_MS: Final = 5_000
 _READABLE: Final = select.POLLIN
 
 
@@ -52,7 +71,9 @@ class Guard:
         self.small_pipes: set[int] = set()
         self.exit_frame = b""
         self.exit_json = b""
+        self.slept_ms = system.boottime_ms() - system.awake_ms()
         self.durable = False
+        self.durable_tried = False
         self.leave_ms: int | None = None
         self.faults = 0
         self.done = False
@@ -72,7 +93,8 @@ class Guard:
         else:
             attempt, segment, spool = wanted.attempt, wanted.segment_bytes, wanted.spool_bytes
             self.story.attempt = attempt
-            self.tree = tree.Tree(spec.COOKIE_NAME + b"=" + wanted.cookie)
+            leaf = None if wanted.cgroup is None else cgroup.Leaf(wanted.cgroup)
+            self.tree = tree.Tree(spec.COOKIE_NAME + b"=" + wanted.cookie, leaf, wanted.outlive)
             self.machine = machine.Machine(
                 now_ms=now_ms,
                 grace_ms=wanted.grace_ms,
@@ -80,15 +102,21 @@ class Guard:
                 timeout_ms=wanted.timeout_ms,
                 lease=wanted.lease,
             )
+        self._point("ready")
         # Before the files are made: the daemon's commit, which the release waits for, runs beside them.
-        self.links.tell(self._welcome())
+        self.links.tell(hearing.welcome(self))
         self.poll.register(self.links.listen(self.dirfd), _READABLE)
         self.log = output.Log(
-            report.make_log_directory(self.dirfd), attempt, segment_bytes=segment, spool_bytes=spool, warm=self.warm
+            report.make_log_directory(self.dirfd),
+            attempt,
+            segment_bytes=segment,
+            spool_bytes=spool,
+            floor_bytes=self.spec.floor_bytes if self.spec is not None else 0,
+            warm=self.warm,
         )
         self.story.write_meta("ready")
         files.reserve(self.dirfd, report.EXIT_NAME)
-        self._step(machine.FAULT, detail=failure) if failure else self._step(machine.TICK)
+        self.step(machine.FAULT, detail=failure) if failure else self.step(machine.TICK)
 
     def run(self) -> None:
         """Work until the shim may leave."""
@@ -118,8 +146,8 @@ class Guard:
             self._linger()
             return
         if os.fstat(self.dirfd).st_nlink == 0 or (self.log is not None and self.log.gone):
-            self._step(machine.FAULT, detail="the attempt's directory was deleted")
-        self._step(machine.TICK)
+            self.step(machine.FAULT, detail="the attempt's directory was deleted")
+        self.step(machine.TICK)
 
     def _wait_ms(self) -> int:
         now_ms = system.boottime_ms()
@@ -148,7 +176,7 @@ class Guard:
         elif count == 0:
             self._close_pipe(fd)
             if not self.pipes:
-                self._step(machine.CLOSED)
+                self.step(machine.CLOSED)
 
     def _close_pipe(self, fd: int) -> None:
         del self.pipes[fd]
@@ -161,84 +189,30 @@ class Guard:
         was_controller = link is self.links.controller
         for kind, body in self.links.receive(link):
             try:
-                self._obey(link, kind, body)
+                hearing.obey(self, link, kind, body)
             except wire.WireError:
                 self.links.close(link)
         if fd not in self.links.by_fd:
             self.poll.unregister(fd)
         if was_controller and self.links.controller is None:
-            self._step(machine.LOST)
+            self.step(machine.LOST)
 
-    def _obey(self, link: links.Link, kind: int, body: bytes) -> None:
-        if kind == wire.HELLO:
-            wire.unpack_hello(body)
-            self._greet(link)
-        elif not link.greeted:
-            if kind in (wire.RELEASE, wire.LEASE, wire.STOP, wire.COLLECTED, wire.ARM, wire.TRIM):
-                raise wire.WireError("a daemon speaks first")
-        elif kind == wire.RELEASE:
-            if link is self.links.controller and self.machine.state == machine.READY:
-                self._release(body)
-        elif kind == wire.LEASE:
-            self._step(machine.LEASE, lease=machine.Lease(*wire.unpack_lease(body)))
-        elif kind == wire.STOP:
-            grace_ms, who = wire.unpack_stop(body)
-            self._step(machine.STOP, number=grace_ms, text=who)
-        elif kind == wire.COLLECTED:
-            if self.machine.state == machine.EXITED:
-                self.leave_ms = system.boottime_ms()
-        elif kind == wire.ARM:
-            link.armed = wire.unpack_offset(body)
-        elif kind == wire.TRIM and self.log is not None:
-            self.log.trim(wire.unpack_offset(body))
-
-    def _greet(self, link: links.Link) -> None:
-        link.greeted = True
-        self.links.displace(link, keep_controller=self.machine.state == machine.READY)
-        self.links.send(link, self._welcome())
-        if self.child is not None:
-            self.links.send(link, self._started(self.child))
-        if self.exit_frame:
-            self.links.send(link, self.exit_frame)
-
-    def _welcome(self) -> bytes:
-        phase = {
-            machine.READY: wire.PHASE_READY,
-            machine.RELEASED: wire.PHASE_RELEASED,
-            machine.EXITED: wire.PHASE_EXITED,
-        }.get(self.machine.state, wire.PHASE_RUNNING)
-        lease = self.machine.lease
-        return wire.pack_welcome(
-            phase=phase,
-            first=self.log.first if self.log else 0,
-            end=self.log.end if self.log else 0,
-            lease_token=lease.token if lease else 0,
-            pid=self.story.pid,
-            start=self.story.start,
-        )
-
-    def _started(self, started: child.Child) -> bytes:
-        return wire.pack_started(started.pid, started.start, started.started_ns)
-
-    def _release(self, body: bytes) -> None:
-        assert self.spec is not None
-        try:
-            self.env = spec.environment(self.spec, body)
-        except spec.SpecError as exc:
-            self._step(machine.FAULT, detail=str(exc))
-            return
-        self._step(machine.GO)
-
-    def _step(
+    def step(
         self,
         kind: str,
         *,
         number: int | None = None,
         text: str = "",
         detail: str = "",
-        lease: machine.Lease | None = None,
+        lease: Lease | None = None,
     ) -> None:
+        """Feed the machine one input and perform what it asks for; that the machine woke comes before anything else."""
+        # This order: a shim that is held up between the two readings must not look like one that slept.
         now_ms = system.boottime_ms()
+        slept_ms = now_ms - system.awake_ms()
+        if slept_ms > self.slept_ms + WAKE_GAP_MS:
+            self.slept_ms = slept_ms
+            self.step(machine.WOKE)
         for action in self.machine.step(kind, now_ms, number=number, text=text, detail=detail, lease=lease):
             if action == machine.SPAWN:
                 self._spawn()
@@ -249,16 +223,14 @@ class Guard:
 
     def _act(self, living: tree.Tree, action: str) -> None:
         if action == machine.SCAN:
-            count = len(living.find())
+            self.step(machine.FOUND, number=living.count())
         elif action == machine.TERM:
-            count = self._signal(living, signals.SIGTERM, tree.PASSES_TERM)
+            self.step(machine.FOUND, number=self._signal(living, signals.SIGTERM, tree.PASSES_TERM))
         elif action == machine.KILL:
-            count = self._signal(living, signals.SIGKILL, tree.PASSES_KILL)
+            self.step(machine.FOUND, number=self._signal(living, signals.SIGKILL, tree.PASSES_KILL))
         else:
             number = signals.SIGSTOP if action == machine.FREEZE else signals.SIGCONT
             living.signal(number, passes=tree.PASSES_KILL)
-            return
-        self._step(machine.FOUND, number=count)
 
     def _signal(self, living: tree.Tree, number: int, passes: int) -> int:
         reached, count = living.signal(number, passes=passes)
@@ -267,23 +239,48 @@ class Guard:
 
     def _spawn(self) -> None:
         assert self.spec is not None
+        assert self.tree is not None
         env, self.env = self.env, {}
         self.story.write_meta("released")
+        self._point("released")
+        refused = reason = detail = ""
+        started = None
+        held = self.machine.tenure.lease
+        # Before the fence is read: behind it nothing is waited for.
+        self.tree.enter()
         try:
-            started = child.spawn(self.spec, env)
+            refused = fence.refusal(self.dirfd, self.spec.execution, max(self.spec.token, held.token if held else 0))
+            if not refused:
+                started = child.spawn(self.spec, env)
         except child.SpawnError as exc:
-            self._step(machine.SPAWN_FAILED, text=exc.reason, detail=exc.detail)
-            return
+            reason, detail = exc.reason, exc.detail
+        finally:
+            self.tree.leave()
+        if refused:
+            self.step(machine.FENCED, detail=refused)
+        elif started is None:
+            self.step(machine.SPAWN_FAILED, text=reason, detail=detail)
+        else:
+            self._spawned(self.tree, started)
+
+    def _spawned(self, living: tree.Tree, started: child.Child) -> None:
+        self._point("spawned")
         self.child = self.story.child = started
-        if self.tree is not None:
-            self.tree.begin(started.pid)
+        living.begin(started.pid)
+        self.story.asks(living)
         for fd, kind in ((started.stdout_fd, records.STDOUT), (started.stderr_fd, records.STDERR)):
             self.pipes[fd] = kind
             self.small_pipes.add(fd)
             self.poll.register(fd, _READABLE)
-        self._step(machine.SPAWNED)
-        self.story.write_meta("running")
-        self.links.tell(self._started(started))
+        self.step(machine.SPAWNED)
+        try:
+            self.story.write_meta("running")
+        except OSError as exc:
+            # What runs is not ended for want of a page: `released` says as much to a daemon that recovers.
+            files.note_failure(self.dirfd, exc)
+        if living.leaf is not None and living.leaf.failure is not None:
+            files.note_failure(self.dirfd, living.leaf.failure)
+        self.links.tell(hearing.started(started))
 
     def _reap(self) -> None:
         try:
@@ -299,12 +296,15 @@ class Guard:
                 break
             if self.child is not None and pid == self.child.pid and self.story.status is None:
                 self.story.child_ended(status, usage)
-                self._step(machine.ENDED)
+                self._point("child_ended")
+                self.step(machine.ENDED)
 
     def _finish(self) -> None:
         assert self.log is not None
         for fd in list(self.pipes):
             self._close_pipe(fd)
+        if self.tree is not None:
+            self.machine.survivors = self.story.part(self.tree, self.machine.survivors)
         body = self.story.exit_object(self.machine, self.log)
         try:
             self.log.finish(files.encode(body).encode("ascii"), self.story.ended_ns)
@@ -313,6 +313,7 @@ class Guard:
             self.machine.blame(f"the log could not be ended: {exc}")
             body = self.story.exit_object(self.machine, self.log)
         self._tell_exit(body, self.log)
+        self._point("exit_told")
         self.links.ring(self.log.end)
         if not self.links.greeted():
             self._make_durable()
@@ -325,6 +326,7 @@ class Guard:
 
     def _make_durable(self) -> None:
         assert self.log is not None
+        self.durable_tried = True
         self.log.sync()
         try:
             files.replace_durably(self.dirfd, report.EXIT_NAME, self.exit_json)
@@ -336,13 +338,16 @@ class Guard:
             files.note_failure(self.dirfd, exc)
         else:
             self.durable = True
+            self._point("exit_durable")
 
     def _linger(self) -> None:
         now_ms = system.boottime_ms()
         ended_ms = self.story.ended_ms
         collected = self.leave_ms is not None and self.leave_ms <= now_ms
         told = not collected and self.links.greeted() and now_ms < ended_ms + SETTLE_WAIT_MS
-        if not self.durable and not self.done and not told and now_ms < ended_ms + DURABLE_WAIT_MS:
+        # Tried at least once, also by a shim that slept or was held right after the end; no more once the end is settled.
+        hopeful = not self.durable_tried or (not collected and now_ms < ended_ms + DURABLE_WAIT_MS)
+        if not self.durable and not self.done and not told and hopeful:
             self._make_durable()
             return
         if collected:
@@ -350,7 +355,8 @@ class Guard:
         elif self.links.greeted():
             self.leave_ms = None
         elif self.leave_ms is None:
-            self.leave_ms = now_ms + LINGER_MS
+            # Who lets a next attempt begin waits for this lock: where nothing ran there is nobody to tell.
+            self.leave_ms = now_ms + (LINGER_MS if self.machine.spawned else 0)
 
     def _watch_signals(self) -> None:
         self.wake_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -364,12 +370,18 @@ class Guard:
         self.faults += 1
         if self.faults > FAULTS_MAX or (self.machine.state == machine.EXITED and not self.exit_frame):
             raise exc
-        self._step(machine.FAULT, detail=f"{type(exc).__name__}: {exc}")
+        self.step(machine.FAULT, detail=f"{type(exc).__name__}: {exc}")
+
+    def _point(self, name: str) -> None:
+        action = self.spec.fail.get(name) if self.spec is not None else None
+        if action is not None:
+            os.kill(os.getpid(), signals.SIGKILL if action == "kill" else signals.SIGSTOP)
 
     def last_resort(self) -> None:
         """End the tree without the loop, and leave what record can still be left."""
         if self.tree is not None and self.child is not None:
-            self.machine.survivors = tree.end(self.tree, self.spec.kill_wait_ms if self.spec else 0)
+            left = tree.end(self.tree, self.spec.kill_wait_ms if self.spec else 0)
+            self.machine.survivors = self.story.part(self.tree, left)
         if not self.exit_frame and self.log is not None:
             self.machine.blame("the shim failed")
             self._tell_exit(self.story.exit_object(self.machine, self.log), self.log)

@@ -1,7 +1,8 @@
 """The connections of a shim: the controller it was born with and the socket `s`.
 
 Rule 1. The shim never waits for a daemon: a message goes out at once and whole, or its connection is dropped.
-Rule 2. On `s` a daemon speaks first; the newest HELLO closes every older connection that was greeted.
+Rule 2. On `s` a daemon speaks first; the newest HELLO closes every older connection that was greeted. Only a RENEW
+        needs no greeting and closes nobody: a daemon whose loop is stuck renews beside it.
 Rule 3. What a peer sends can close the peer's own connection and nothing else.
 """
 

@@ -4,40 +4,47 @@ Theory of operation. The guard feeds inputs with the time (CLOCK_BOOTTIME, ms) a
 back, feeding their results as further inputs. The machine holds no descriptor and reads no clock.
 
     ready ──GO──> released ──SPAWNED──> running ──cause──> stopping ──> draining ──> exited
-      └─ LOST, 30 s, STOP, lease ─┴─ SPAWN_FAILED ──────────────────────────────────────^
+      └─ LOST, 30 s, STOP, lease ─┴─ SPAWN_FAILED, FENCED ──────────────────────────────^
+
+`running` is frozen and thawed as its lease asks (`runner/shim/lease.py`); the run time limit goes on meanwhile.
 
 Rule 1. The first cause of an end wins and is kept; later ones can only make the ladder faster.
 Rule 2. Nothing but GO leads to SPAWN, and only from `ready`.
 Rule 3. A grace can only be shortened: by another stop, by the lease's deadline, by the timeout.
 Rule 4. After the child's own end the rest of its tree takes the same ladder, without a cause.
 Rule 5. The ladder ends: when two scans in a row find nobody, or `kill_wait_ms` after the first KILL.
+Rule 6. A frozen tree is thawed before it is sent a TERM.
+Rule 7. Every time counts suspend, but waits that end in a verdict begin anew after a wake (WOKE): what they wait for slept too.
 """
 
 from __future__ import annotations
+
+from runner.shim import lease as leases
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Final
 
+    from runner.shim.lease import Lease
+
 # States.
 READY, RELEASED, RUNNING = "ready", "released", "running"
 STOPPING, DRAINING, EXITED = "stopping", "draining", "exited"
 # Inputs.
-GO, LOST, STOP, LEASE, FAULT, TICK = "go", "lost", "stop", "lease", "fault", "tick"
-SPAWNED, SPAWN_FAILED, ENDED, FOUND, CLOSED = "spawned", "spawn_failed", "ended", "found", "closed"
+GO, LOST, STOP, LEASE, FAULT, TICK, WOKE = "go", "lost", "stop", "lease", "fault", "tick", "woke"
+SPAWNED, SPAWN_FAILED, FENCED = "spawned", "spawn_failed", "fenced"
+ENDED, FOUND, CLOSED = "ended", "found", "closed"
 # Actions.
-SPAWN, TERM, KILL, SCAN, FREEZE, THAW, FINISH = "spawn", "term", "kill", "scan", "freeze", "thaw", "finish"
-# Lease actions, as on the wire.
-CONTINUE, ON_LOSS_FREEZE, ON_LOSS_STOP = 0, 1, 2
+SPAWN, TERM, KILL, SCAN, FINISH = "spawn", "term", "kill", "scan", "finish"
+FREEZE, THAW = leases.FREEZE, leases.THAW
 # Causes.
 CAUSE_NONE, CAUSE_STOP, CAUSE_TIMEOUT, CAUSE_LEASE = "none", "stop", "timeout", "lease"
 CAUSE_UNRELEASED, CAUSE_EXEC_FAILED, CAUSE_SHIM_FAILED = "unreleased", "exec_failed", "shim_failed"
+CAUSE_FENCED = "fenced"
 
 # A daemon that has not released within half a minute has forgotten the attempt.
 RELEASE_WAIT_MS: Final = 30_000
-# Room between the end of the ladder and the lease's deadline: clock error and the report's way up.
-LEASE_MARGIN_MS: Final = 5_000
 # Output after the end: silence that counts as the end of it, and the most that is waited for it.
 QUIET_MS: Final = 250
 DRAIN_MS: Final = 5_000
@@ -45,7 +52,7 @@ DRAIN_MS: Final = 5_000
 SCAN_MS_MIN: Final = 20
 SCAN_MS_MAX: Final = 500
 DETAIL_MAX: Final = 512
-_NEVER: Final = 1 << 62
+_NEVER: Final = leases.NEVER
 
 
 class Cause:
@@ -60,17 +67,6 @@ class Cause:
         self.detail = detail[:DETAIL_MAX]
 
 
-class Lease:
-    """The right to run: fencing token, deadline (BOOTTIME ms) and what to do when it is lost."""
-
-    __slots__ = ("action", "deadline_ms", "token")
-
-    def __init__(self, token: int, deadline_ms: int, action: int) -> None:
-        self.token = token
-        self.deadline_ms = deadline_ms
-        self.action = action
-
-
 class Machine:
     """One attempt's state. `step` takes an input and the time and returns the actions to perform, in order."""
 
@@ -79,10 +75,9 @@ class Machine:
     ) -> None:
         self.state = READY
         self.cause = Cause(CAUSE_NONE)
-        self.lease = lease
+        self.tenure = leases.Tenure(lease, grace_ms=grace_ms, kill_wait_ms=kill_wait_ms)
         self.drain = "eof"
         self.survivors = 0
-        self.frozen = False
         self.spawned = False
         self.forced = False
         self.output_ms = now_ms  # when the last output was read; the guard keeps it
@@ -113,11 +108,13 @@ class Machine:
     ) -> list[str]:
         """Take one input and return the actions it asks for.
 
-        `number` is the grace of STOP (None: the spec's) or the count of FOUND; `text` is who asked for a STOP or
-        the reason of SPAWN_FAILED; `detail` explains SPAWN_FAILED and FAULT; `lease` is the new one of LEASE.
+        `number` is the grace of STOP (None: the spec's) or the count of FOUND; `text` is who asked for a STOP or the
+        reason of SPAWN_FAILED; `detail` explains SPAWN_FAILED, FENCED and FAULT; `lease` is the new one of LEASE.
         """
-        if kind == LEASE and not self._take_lease(lease):
+        if kind == LEASE and not self.tenure.take(lease, now_ms):
             return []
+        if kind == WOKE:
+            self.tenure.woke(now_ms)
         leaf = TRANSITIONS[self.state, kind]
         if leaf == IGNORE:
             return []
@@ -127,9 +124,9 @@ class Machine:
     def deadline_ms(self) -> int | None:
         """When TICK is due next, None when only an input can change anything."""
         if self.state == READY:
-            due = min(self._ready_end_ms, self._lease_due(stop_only=True))
+            due = min(self._ready_end_ms, self.tenure.give_up_ms())
         elif self.state == RUNNING:
-            due = min(self._timeout_at, self._lease_due())
+            due = min(self._timeout_at, self.tenure.due_ms())
         elif self.state == STOPPING:
             due = min(self._scan_at, self._kill_end if self._killing else self._kill_limit())
         elif self.state == DRAINING:
@@ -153,7 +150,10 @@ class Machine:
 
     # The leaves: each takes (now_ms, number, text, detail) and is named by the table below.
 
-    def _go(self, _now_ms: int, _number: int | None, _text: str, _detail: str) -> list[str]:
+    def _go(self, now_ms: int, _number: int | None, _text: str, _detail: str) -> list[str]:
+        if now_ms >= self.tenure.lost_ms():
+            # Nothing has run yet: starting it only to freeze or stop it would be running without the right to.
+            return self._never(Cause(CAUSE_LEASE, detail="the lease ran out before the release"))
         self.state = RELEASED
         return [SPAWN]
 
@@ -167,10 +167,14 @@ class Machine:
         return self._never(Cause(CAUSE_SHIM_FAILED, detail=detail))
 
     def _tick_ready(self, now_ms: int, _number: int | None, _text: str, _detail: str) -> list[str]:
-        if now_ms >= self._lease_due(stop_only=True):
+        if now_ms >= self.tenure.give_up_ms():
             return self._never(Cause(CAUSE_LEASE, detail="the lease ran out before the release"))
         if now_ms >= self._ready_end_ms:
             return self._never(Cause(CAUSE_UNRELEASED, reason="NOT_RELEASED", detail="no release in time"))
+        return []
+
+    def _woke_ready(self, now_ms: int, _number: int | None, _text: str, _detail: str) -> list[str]:
+        self._ready_end_ms = now_ms + RELEASE_WAIT_MS
         return []
 
     def _spawned(self, now_ms: int, _number: int | None, _text: str, _detail: str) -> list[str]:
@@ -183,6 +187,9 @@ class Machine:
     def _spawn_failed(self, _now_ms: int, _number: int | None, text: str, detail: str) -> list[str]:
         return self._never(Cause(CAUSE_EXEC_FAILED, reason=text, detail=detail))
 
+    def _fenced(self, _now_ms: int, _number: int | None, _text: str, detail: str) -> list[str]:
+        return self._never(Cause(CAUSE_FENCED, reason="FENCED", detail=detail))
+
     def _stop(self, now_ms: int, number: int | None, text: str, _detail: str) -> list[str]:
         return self._force(now_ms, Cause(CAUSE_STOP, by=text), self._grace_ms if number is None else number)
 
@@ -190,25 +197,18 @@ class Machine:
         return self._force(now_ms, Cause(CAUSE_SHIM_FAILED, detail=detail), self._grace_ms)
 
     def _tick_running(self, now_ms: int, _number: int | None, _text: str, _detail: str) -> list[str]:
-        lease_due = now_ms >= self._lease_due()
-        if lease_due and self.lease is not None and self.lease.action == ON_LOSS_STOP:
-            return self._force(now_ms, Cause(CAUSE_LEASE), self._grace_ms)
+        if self._ended:
+            return []  # Rule 4: what is left of the tree is being looked for, and has no cause
+        asked = self.tenure.asks(now_ms)
+        if asked == leases.GIVE_UP:
+            detail = "" if self.tenure.frozen_ms is None else "frozen, and the lease did not come back in time"
+            return self._force(now_ms, Cause(CAUSE_LEASE, detail=detail), self.tenure.grace_ms)
         if now_ms >= self._timeout_at:
             return self._force(now_ms, Cause(CAUSE_TIMEOUT), self._grace_ms)
-        if lease_due:
-            self.frozen = True
+        if asked == leases.FREEZE:
+            self.tenure.frozen_ms = now_ms
             return [FREEZE]
-        return []
-
-    def _lease_running(self, now_ms: int, number: int | None, text: str, detail: str) -> list[str]:
-        actions = []
-        if self.frozen:
-            self.frozen = False
-            if now_ms < self._lease_due():
-                actions.append(THAW)
-            else:
-                self.frozen = self.lease is not None and self.lease.action == ON_LOSS_FREEZE
-        return actions + self._tick_running(now_ms, number, text, detail)
+        return self._thaw() if asked == leases.THAW else []
 
     def _ended_alone(self, _now_ms: int, _number: int | None, _text: str, _detail: str) -> list[str]:
         self._ended = True
@@ -260,6 +260,15 @@ class Machine:
             return [KILL if self._killing else SCAN]
         return []
 
+    def _woke_stopping(self, now_ms: int, _number: int | None, _text: str, _detail: str) -> list[str]:
+        if self._killing:
+            self._kill_end = now_ms + self._kill_wait_ms
+        return []
+
+    def _woke_draining(self, now_ms: int, _number: int | None, _text: str, _detail: str) -> list[str]:
+        self._drain_from = now_ms
+        return []
+
     def _closed_draining(self, _now_ms: int, _number: int | None, _text: str, _detail: str) -> list[str]:
         return self._finish("eof")
 
@@ -274,24 +283,8 @@ class Machine:
 
     # What the leaves share.
 
-    def _take_lease(self, lease: Lease | None) -> bool:
-        if lease is None or (self.lease is not None and lease.token < self.lease.token):
-            return False
-        self.lease = lease
-        return True
-
-    def _lease_due(self, *, stop_only: bool = False) -> int:
-        if self.lease is None or self.lease.action == CONTINUE or self.frozen:
-            return _NEVER
-        if self.lease.action == ON_LOSS_STOP:
-            return self.lease.deadline_ms - self._grace_ms - self._kill_wait_ms - LEASE_MARGIN_MS
-        return _NEVER if stop_only else self.lease.deadline_ms - LEASE_MARGIN_MS
-
     def _kill_limit(self) -> int:
-        limit = min(self._kill_at, self._timeout_at + self._grace_ms)
-        if self.lease is not None and self.lease.action != CONTINUE:
-            limit = min(limit, self.lease.deadline_ms - self._kill_wait_ms - LEASE_MARGIN_MS)
-        return limit
+        return min(self._kill_at, self._timeout_at + self._grace_ms, self.tenure.kill_ms())
 
     def _quiet_at(self) -> int:
         return max(self._drain_from, self.output_ms) + QUIET_MS
@@ -307,10 +300,15 @@ class Machine:
 
     def _climb(self, now_ms: int, grace_ms: int) -> list[str]:
         self.state = STOPPING
-        self.frozen = False
         self._kill_at = now_ms + grace_ms
         self._scan_at = now_ms + self._scan_step
-        return [TERM]
+        return [*self._thaw(), TERM]
+
+    def _thaw(self) -> list[str]:
+        if self.tenure.frozen_ms is None:
+            return []
+        self.tenure.frozen_ms = None
+        return [THAW]
 
     def _drained_from(self, now_ms: int) -> list[str]:
         self.state = DRAINING
@@ -324,7 +322,9 @@ class Machine:
 
 
 STATES: Final = (READY, RELEASED, RUNNING, STOPPING, DRAINING, EXITED)
-INPUTS: Final = (GO, LOST, STOP, LEASE, FAULT, TICK, SPAWNED, SPAWN_FAILED, ENDED, FOUND, CLOSED)
+INPUTS: Final = (
+    GO, LOST, STOP, LEASE, FAULT, TICK, WOKE, SPAWNED, SPAWN_FAILED, FENCED, ENDED, FOUND, CLOSED,
+)  # fmt: skip
 IGNORE: Final = ""
 _ROWS: Final[Mapping[str, Mapping[str, str]]] = {
     READY: {
@@ -334,14 +334,16 @@ _ROWS: Final[Mapping[str, Mapping[str, str]]] = {
         LEASE: "_tick_ready",
         FAULT: "_fail_early",
         TICK: "_tick_ready",
+        WOKE: "_woke_ready",
     },
     # The spawn is one call: nothing but its result and the shim's own failure can come between.
-    RELEASED: {FAULT: "_fail_early", SPAWNED: "_spawned", SPAWN_FAILED: "_spawn_failed"},
+    RELEASED: {FAULT: "_fail_early", SPAWNED: "_spawned", SPAWN_FAILED: "_spawn_failed", FENCED: "_fenced"},
     RUNNING: {
         STOP: "_stop",
-        LEASE: "_lease_running",
+        LEASE: "_tick_running",
         FAULT: "_fail",
         TICK: "_tick_running",
+        WOKE: "_tick_running",
         ENDED: "_ended_alone",
         FOUND: "_found_alone",
         CLOSED: "_closed_early",
@@ -349,11 +351,17 @@ _ROWS: Final[Mapping[str, Mapping[str, str]]] = {
     STOPPING: {
         STOP: "_hasten",
         TICK: "_tick_stopping",
+        WOKE: "_woke_stopping",
         ENDED: "_ended_stopping",
         FOUND: "_found_stopping",
         CLOSED: "_closed_early",
     },
-    DRAINING: {FAULT: "_fail_draining", TICK: "_tick_draining", CLOSED: "_closed_draining"},
+    DRAINING: {
+        FAULT: "_fail_draining",
+        TICK: "_tick_draining",
+        WOKE: "_woke_draining",
+        CLOSED: "_closed_draining",
+    },
     EXITED: {},
 }
 TRANSITIONS: Final[Mapping[tuple[str, str], str]] = {

@@ -3,6 +3,7 @@
 Rule 1. `end` counts every record that was made, kept or not: offsets are never reused.
 Rule 2. What cannot be kept is a hole: the segment is sealed at its last whole record, the next starts behind it.
 Rule 3. Stream digests are over what the child wrote, holes included; segment digests over what is on disk.
+Rule 4. Output leaves the file system its floor: room that the journal needs is worth more than what a child says.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 NO_ROOM: Final = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG))
 # A full disk is asked again this often, not once for each record.
 RETRY_MS: Final = 250
+# How much room the file system has is asked at most this often: a flood costs one call per MiB, silence none.
+FLOOR_ASK_BYTES: Final = 1_048_576
+FLOOR_ASK_MS: Final = 1_000
 _OPEN: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -38,7 +42,16 @@ class Stream:
 class Log:
     """The segments of one attempt, written through the descriptor of `log/`."""
 
-    def __init__(self, dirfd: int, attempt: bytes, *, segment_bytes: int, spool_bytes: int, warm: system.Warm) -> None:
+    def __init__(
+        self,
+        dirfd: int,
+        attempt: bytes,
+        *,
+        segment_bytes: int,
+        spool_bytes: int,
+        warm: system.Warm,
+        floor_bytes: int = 0,
+    ) -> None:
         self.first = 0
         self.end = 0
         self.gone = False  # the directory was deleted: nothing can be kept any more
@@ -49,6 +62,10 @@ class Log:
         self._attempt = attempt
         self._segment_bytes = segment_bytes
         self._spool_bytes = spool_bytes
+        self._floor_bytes = floor_bytes
+        self._asked_bytes = FLOOR_ASK_BYTES  # kept since the room was asked for
+        self._ask_at = 0
+        self._roomy = True
         self._digest = digest.SegmentDigest(warm.digest)
         self._fd = -1
         self._base = 0
@@ -86,9 +103,10 @@ class Log:
         return count
 
     def finish(self, payload: bytes, unix_ns: int) -> None:
-        """Write the exit record, whatever the spool's limit says, and seal the log."""
+        """Write the exit record, whatever limit and floor say, and seal the log."""
         record = records.pack_record(records.EXIT, payload, unix_ns)
         self._spool_bytes = 1 << 62
+        self._floor_bytes = 0
         self._hole = False
         self._keep(memoryview(record), [len(record)], unix_ns, self._retry_at)
         self._seal()
@@ -138,6 +156,9 @@ class Log:
             if last == done:
                 self._seal()
                 continue
+            if not self._above_floor(now_ms, 0):
+                self._begin_hole(now_ms + FLOOR_ASK_MS)
+                break
             if not self._make_room(take):
                 self._begin_hole(0)
                 break
@@ -189,10 +210,15 @@ class Log:
         self._digest.wrote(view)
         self._size += len(view)
         self._spooled += len(view)
+        self._asked_bytes += len(view)
         self.end += len(view)
 
     def _open_segment(self, unix_ns: int, now_ms: int) -> bool:
         if self.gone or now_ms < self._retry_at or (self._hole and not self._make_room(self._resume_bytes())):
+            return False
+        # Not at the first byte above the floor, for the same reason as above the limit.
+        if not self._above_floor(now_ms, self._resume_bytes() if self._hole else 0):
+            self._begin_hole(now_ms + FLOOR_ASK_MS)
             return False
         try:
             self._fd = os.open(records.segment_name(self.end), _OPEN, 0o600, dir_fd=self._dirfd)
@@ -244,6 +270,20 @@ class Log:
     def _resume_bytes(self) -> int:
         # Not at the first free byte: a log at its limit would become a row of one-record segments.
         return min(self._segment_bytes, self._spool_bytes // 4)
+
+    def _above_floor(self, now_ms: int, more: int) -> bool:
+        """Whether the file system has the floor and `more` free, as it said when it was last asked."""
+        if not self._floor_bytes:
+            return True
+        if self._asked_bytes >= FLOOR_ASK_BYTES or now_ms >= self._ask_at:
+            self._asked_bytes = 0
+            self._ask_at = now_ms + FLOOR_ASK_MS
+            try:
+                told = os.fstatvfs(self._dirfd)
+            except OSError:
+                return self._roomy  # a disk that does not tell is one that refuses the write itself
+            self._roomy = told.f_bavail * told.f_frsize >= self._floor_bytes + more
+        return self._roomy
 
     def _make_room(self, size: int) -> bool:
         while self._spooled + size > self._spool_bytes:

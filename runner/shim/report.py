@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posix as os
 
-from runner.shim import files, records, system, tree
+from runner.shim import files, process, records, system, tree
 
 # ruff: noqa: SIM105 - contextlib is more than a shim may import
 TYPE_CHECKING = False
@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from runner.shim.files import Json
     from runner.shim.machine import Machine
     from runner.shim.output import Log
+    from runner.shim.process import Process
 
 META_NAME: Final = "meta.json"
 EXIT_NAME: Final = "exit.json"
 PROTO_RANGE: Final = (1, 1)
+# Evidence of a tree that was not ended: enough to know what it is, and the record stays within what was reserved.
+LEFT_MAX: Final = 32
 _NAMES: Final = {records.STDOUT: "stdout", records.STDERR: "stderr"}
 
 
@@ -43,6 +46,9 @@ class Story:
         self._boot_id = boot_id
         self._usage: resource.struct_rusage | None = None
         self._swept: dict[tuple[str, int], set[tuple[int, int]]] = {}
+        self._tiers: list[str] = []
+        self._remains: list[Json] = []
+        self._outlived: list[Json] = []
 
     def write_meta(self, phase: str) -> None:
         """Put `meta.json` of `phase` in place. Raises OSError."""
@@ -56,6 +62,7 @@ class Story:
             "shim": {"pid": self.pid, "start": self.start},
             "child": {"pid": started.pid, "start": started.start} if started else None,
             "started_ns": started.started_ns if started else 0,
+            "tiers": list(self._tiers),
         }
         files.replace(self._dirfd, META_NAME, files.encode(meta).encode("ascii"))
 
@@ -65,11 +72,28 @@ class Story:
         self._usage = usage
         self._note_end()
 
-    def sweep(self, reached: list[tree.Process], signal: int, child_pid: int) -> None:
+    def asks(self, living: tree.Tree) -> None:
+        """Keep which tiers are asked for the processes of this attempt."""
+        self._tiers = list(living.tiers)
+
+    def sweep(self, reached: list[Process], signal: int, child_pid: int) -> None:
         """Count the processes other than the child that the ladder signalled, each once for each signal."""
         for each in reached:
             if each.pid != child_pid:
                 self._swept.setdefault((each.tier, signal), set()).add((each.pid, each.start))
+
+    def part(self, living: tree.Tree, survivors: int) -> int:
+        """Look once more at a tree that did not end whole, keep who stays and who may, and leave it; returns how many stay."""
+        if survivors or living.outlived:
+            remains = living.remains()
+            survivors = len(remains) + living.unseen
+            self._remains = [
+                {**_identity(each), "state": state, "wchan": wchan, "why": why}
+                for each, state, wchan, why in remains[:LEFT_MAX]
+            ]
+            self._outlived = [_identity(each) for each in list(living.outlived.values())[:LEFT_MAX]]
+        living.part()
+        return survivors
 
     def exit_object(self, machine: Machine, log: Log) -> dict[str, Json]:
         """The exit object without `log`."""
@@ -105,6 +129,9 @@ class Story:
                 {"tier": tier, "signal": number, "count": len(who)} for (tier, number), who in self._swept.items()
             ],
             "survivors": machine.survivors,
+            "tiers": list(self._tiers),
+            "remains": self._remains,
+            "outlived": self._outlived,
         }
 
     def _note_end(self) -> None:
@@ -130,6 +157,10 @@ def make_log_directory(dirfd: int) -> int:
     except FileExistsError:
         pass
     return os.open("log", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=dirfd)
+
+
+def _identity(each: Process) -> dict[str, Json]:
+    return {"pid": each.pid, "start": each.start, "name": process.shown(each.name)}
 
 
 def _text(name: bytes) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from binascii import a2b_base64
 
-from runner.shim import files, machine
+from runner.shim import files, lease
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,10 +22,15 @@ SPOOL_BYTES_DEFAULT: Final = 1_073_741_824
 DURATION_MS_MAX: Final = 366 * 86_400_000
 SIZE_MAX: Final = 1 << 62
 RLIMIT_MAX: Final = 63
+NAME_BYTES_MAX: Final = 255
+OUTLIVE_MAX: Final = 64
+# Where a test can end or hold a shim, and how.
+POINTS: Final = ("ready", "released", "spawned", "child_ended", "exit_told", "exit_durable")
+POINT_ACTIONS: Final = ("kill", "stop")
 _ACTIONS: Final = {
-    "continue": machine.CONTINUE,
-    "freeze": machine.ON_LOSS_FREEZE,
-    "stop": machine.ON_LOSS_STOP,
+    "continue": lease.CONTINUE,
+    "freeze": lease.ON_LOSS_FREEZE,
+    "stop": lease.ON_LOSS_STOP,
 }
 
 
@@ -39,17 +44,23 @@ class Spec:
     __slots__ = (
         "argv",
         "attempt",
+        "cgroup",
         "cookie",
         "cwd",
         "env",
+        "execution",
+        "fail",
+        "floor_bytes",
         "grace_ms",
         "kill_wait_ms",
         "lease",
+        "outlive",
         "rlimits",
         "secret_names",
         "segment_bytes",
         "spool_bytes",
         "timeout_ms",
+        "token",
         "umask",
     )
 
@@ -80,6 +91,15 @@ class Spec:
             raise SpecError(f"segment_bytes: below {SEGMENT_BYTES_MIN}")
         self.spool_bytes = _int(raw, "spool_bytes", SIZE_MAX)
         self.lease = _lease(raw)
+        # What follows came later: a spec without it means none.
+        self.execution = _file_name(raw, "execution")
+        self.token = _optional_int(raw, "token", SIZE_MAX) or 0
+        self.cgroup = None if raw.get("cgroup") is None else _raw_text(raw, "cgroup")
+        if self.cgroup is not None and not self.cgroup.startswith(b"/"):
+            raise SpecError("cgroup: not absolute")
+        self.outlive = _outlive(raw)
+        self.floor_bytes = _optional_int(raw, "floor_bytes", SIZE_MAX) or 0
+        self.fail = _fail(raw)
 
 
 def read_spec(dirfd: int) -> Spec:
@@ -194,7 +214,7 @@ def _rlimits(raw: dict[str, Json]) -> list[tuple[int, int, int]]:
     return limits
 
 
-def _lease(raw: dict[str, Json]) -> machine.Lease | None:
+def _lease(raw: dict[str, Json]) -> lease.Lease | None:
     value = _get(raw, "lease")
     if value is None:
         return None
@@ -203,4 +223,45 @@ def _lease(raw: dict[str, Json]) -> machine.Lease | None:
     action = _ACTIONS.get(str(value.get("action")))
     if action is None:
         raise SpecError("lease: action is not continue, freeze or stop")
-    return machine.Lease(_int(value, "token", SIZE_MAX), _int(value, "deadline_ms", SIZE_MAX), action)
+    return lease.Lease(
+        _int(value, "token", SIZE_MAX),
+        _int(value, "deadline_ms", SIZE_MAX),
+        action,
+        _optional_int(value, "grace_ms", DURATION_MS_MAX),
+    )
+
+
+def _optional_int(raw: dict[str, Json], key: str, top: int) -> int | None:
+    return None if raw.get(key) is None else _int(raw, key, top)
+
+
+def _file_name(raw: dict[str, Json], key: str) -> bytes | None:
+    if raw.get(key) is None:
+        return None
+    name = _raw_text(raw, key)
+    if not 0 < len(name) <= NAME_BYTES_MAX or b"/" in name or name in (b".", b".."):
+        raise SpecError(f"{key}: not the name of a file")
+    return name
+
+
+def _outlive(raw: dict[str, Json]) -> list[bytes]:
+    if raw.get("outlive") is None:
+        return []
+    names = [_bytes(item, "outlive") for item in _list(raw, "outlive")]
+    if len(names) > OUTLIVE_MAX or not all(names):
+        raise SpecError(f"outlive: more than {OUTLIVE_MAX} names, or an empty one")
+    return names
+
+
+def _fail(raw: dict[str, Json]) -> dict[str, str]:
+    value = raw.get("fail")
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise SpecError("fail: not an object")
+    points = {}
+    for point, action in value.items():
+        if point not in POINTS or action not in POINT_ACTIONS:
+            raise SpecError("fail: a point or an action that is not known")
+        points[point] = str(action)
+    return points

@@ -63,6 +63,11 @@ def boottime_ms() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
 
 
+def awake_ms() -> int:
+    """Milliseconds of CLOCK_MONOTONIC, which stands still in suspend; only compared with `boottime_ms`."""
+    return time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1_000_000
+
+
 def wall_ns() -> int:
     """Unix time in nanoseconds, for timestamps only."""
     return time.time_ns()
@@ -77,7 +82,7 @@ def read_text(path: str) -> str:
         os.close(fd)
 
 
-def read_whole(path: str) -> bytes:
+def read_whole(path: str | bytes) -> bytes:
     """A kernel file of any length. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from typing import Final
 
 PROTO: Final = 1
-HELLO, RELEASE, LEASE, STOP, COLLECTED, ARM, TRIM = 1, 2, 3, 4, 5, 6, 7
+HELLO, RELEASE, LEASE, STOP, COLLECTED, ARM, TRIM, RENEW = 1, 2, 3, 4, 5, 6, 7, 8
 WELCOME, STARTED, EXIT, BELL = 129, 130, 131, 132
 PHASE_READY, PHASE_RELEASED, PHASE_RUNNING, PHASE_EXITED = 1, 2, 3, 4
 FRAME_MAX: Final = 65_536
@@ -21,6 +21,7 @@ DEADLINE_MS_MAX: Final = 1 << 62
 _LENGTH: Final = _struct.Struct("<I")
 HELLO_BODY: Final = _struct.Struct("<HHQ")
 LEASE_BODY: Final = _struct.Struct("<QQB")
+LEASE_GRACE: Final = _struct.Struct("<QQBI")
 STOP_BODY: Final = _struct.Struct("<I")
 OFFSET_BODY: Final = _struct.Struct("<Q")
 WELCOME_BODY: Final = _struct.Struct("<HBQQQIQ")
@@ -65,19 +66,28 @@ def unpack_hello(body: bytes) -> tuple[int, int, int]:
     return low, high, epoch
 
 
-def unpack_lease(body: bytes) -> tuple[int, int, int]:
-    """`(token, deadline_ms, action)`. Raises WireError for an action that is not known."""
-    token, deadline_ms, action = _unpack(LEASE_BODY, body)
+def pack_lease(token: int, deadline_ms: int, action: int, grace_ms: int | None) -> bytes:
+    """The body of LEASE and RENEW; None is the spec's grace."""
+    return LEASE_GRACE.pack(token, deadline_ms, action, GRACE_OF_SPEC if grace_ms is None else grace_ms)
+
+
+def unpack_lease(body: bytes) -> tuple[int, int, int, int | None]:
+    """`(token, deadline_ms, action, grace_ms)`; None is the spec's grace. Raises WireError for what is not known."""
+    grace_ms = GRACE_OF_SPEC
+    if len(body) <= LEASE_BODY.size:
+        token, deadline_ms, action = _unpack(LEASE_BODY, body)
+    else:
+        token, deadline_ms, action, grace_ms = _unpack(LEASE_GRACE, body)
     if action > 2 or deadline_ms > DEADLINE_MS_MAX:
         raise WireError("lease action or deadline out of range")
-    return token, deadline_ms, action
+    return token, deadline_ms, action, _grace(grace_ms)
 
 
 def unpack_stop(body: bytes) -> tuple[int | None, str]:
     """`(grace_ms, who)`; None is the spec's grace. Raises WireError."""
     (grace_ms,) = _unpack(STOP_BODY, body)
     who = body[STOP_BODY.size : STOP_BODY.size + WHO_BYTES_MAX].decode("utf-8", "replace")
-    return (None if grace_ms == GRACE_OF_SPEC else grace_ms), who
+    return _grace(grace_ms), who
 
 
 def unpack_offset(body: bytes) -> int:
@@ -99,6 +109,10 @@ def pack_started(pid: int, start: int, started_ns: int) -> bytes:
 def pack_bell(end: int) -> bytes:
     """The BELL frame."""
     return pack(BELL, OFFSET_BODY.pack(end))
+
+
+def _grace(grace_ms: int) -> int | None:
+    return None if grace_ms == GRACE_OF_SPEC else grace_ms
 
 
 def _unpack(form: _struct.Struct, body: bytes) -> tuple[int, ...]:

@@ -123,6 +123,8 @@ class Shim:
         locks: list[int] | None = None,
         write_spec: bool = True,
         python: str = sys.executable,
+        entry: Path = ENTRY,
+        owner: int | None = None,
         **spec: Any,
     ) -> None:
         self.attempt = f"ex_{next(_numbers)}.1"
@@ -131,6 +133,9 @@ class Shim:
         self.spec = default_spec(self.attempt) | spec
         if write_spec:
             (self.dir / "spec.json").write_text(json.dumps(self.spec))
+        if owner is not None:
+            for path in (self.dir, *self.dir.iterdir()):
+                os.chown(path, owner, owner)
         ours, theirs = socket.socketpair()
         self.controller = Connection(ours)
         dirfd = os.open(self.dir, os.O_RDONLY | os.O_DIRECTORY)
@@ -138,17 +143,17 @@ class Shim:
         if server is not None:
             self.pid = server.fork(dirfd, theirs.fileno(), locks)
         else:
-            self.pid = self._start_alone(python, [dirfd, theirs.fileno(), *(locks or [])])
+            self.pid = self._start_alone(python, entry, [dirfd, theirs.fileno(), *(locks or [])])
         self.pidfd = os.pidfd_open(self.pid)
         os.close(dirfd)
         theirs.close()
         self._alone = server is None
 
-    def _start_alone(self, python: str, fds: list[int]) -> int:
+    def _start_alone(self, python: str, entry: Path, fds: list[int]) -> int:
         # Moved out of the way first, or one dup2 would overwrite the source of the next.
         high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 200) for fd in fds]
         actions: list[tuple[Any, ...]] = [(os.POSIX_SPAWN_DUP2, fd, 3 + at) for at, fd in enumerate(high)]
-        argv = [python, "-I", "-S", str(ENTRY), "shim"]
+        argv = [python, "-I", "-S", str(entry), "shim"]
         try:
             return os.posix_spawn(python, argv, os.environ, file_actions=actions)
         finally:

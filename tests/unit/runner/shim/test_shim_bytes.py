@@ -100,7 +100,7 @@ def test_an_empty_frame_is_broken(inbox: bytes) -> None:
 
 def test_bodies_may_grow_at_the_end() -> None:
     """A later version's longer body is read as far as it is known."""
-    assert wire.unpack_lease(struct.pack("<QQB", 1, 2, 0) + b"more") == (1, 2, 0)
+    assert wire.unpack_lease(struct.pack("<QQBI", 1, 2, 0, 3) + b"more") == (1, 2, 0, 3)
     assert wire.unpack_hello(struct.pack("<HHQ", 1, 2, 3) + b"more") == (1, 2, 3)
     assert wire.unpack_stop(struct.pack("<I", wire.GRACE_OF_SPEC) + b"me") == (None, "me")
     for unpack in (wire.unpack_lease, wire.unpack_hello, wire.unpack_stop, wire.unpack_offset):
@@ -108,6 +108,16 @@ def test_bodies_may_grow_at_the_end() -> None:
             unpack(b"x")
     with pytest.raises(wire.WireError):
         wire.unpack_lease(struct.pack("<QQB", 1, 2, 3))
+
+
+def test_a_lease_may_leave_the_grace_out() -> None:
+    """The body of before still says what it said; a grace cut short is broken."""
+    assert wire.unpack_lease(struct.pack("<QQB", 1, 2, 0)) == (1, 2, 0, None)
+    assert wire.unpack_lease(wire.pack_lease(1, 2, 0, None)) == (1, 2, 0, None)
+    assert wire.unpack_lease(wire.pack_lease(1, 2, 0, 20_000)) == (1, 2, 0, 20_000)
+    for cut in range(1, 4):
+        with pytest.raises(wire.WireError):
+            wire.unpack_lease(wire.pack_lease(1, 2, 0, 20_000)[:-cut])
 
 
 @given(JSON)

@@ -291,6 +291,51 @@ def test_every_key_of_the_spec_is_required(key: str) -> None:
         Spec(whole)
 
 
+def test_the_keys_that_came_later_may_be_absent_or_null() -> None:
+    """A spec of an earlier daemon runs without fence, leaf, floor and points."""
+    later = ("execution", "token", "cgroup", "outlive", "floor_bytes", "fail")
+    for whole in (default_spec("ex_9.1"), default_spec("ex_9.1") | dict.fromkeys(later)):
+        read = Spec(whole)
+        assert (read.execution, read.token, read.cgroup) == (None, 0, None)
+        assert (read.outlive, read.floor_bytes, read.fail) == ([], 0, {})
+    lease = {"token": 1, "deadline_ms": 5, "action": "stop"}
+    for told, grace_ms in ((lease, None), (lease | {"grace_ms": None}, None), (lease | {"grace_ms": 7}, 7)):
+        held = Spec(default_spec("ex_9.1") | {"lease": told}).lease
+        assert held is not None
+        assert (held.token, held.deadline_ms, held.grace_ms) == (1, 5, grace_ms)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("execution", ""),
+        ("execution", ".."),
+        ("execution", "../ex_1"),
+        ("execution", "x" * 256),
+        ("execution", 1),
+        ("token", -1),
+        ("token", True),
+        ("cgroup", "relative"),
+        ("cgroup", ""),
+        ("outlive", "gradle"),
+        ("outlive", [""]),
+        ("outlive", ["x"] * 65),
+        ("floor_bytes", -1),
+        ("fail", []),
+        ("fail", {"nowhere": "kill"}),
+        ("fail", {"ready": "laugh"}),
+        ("grace_ms", -1),
+    ],
+)
+def test_a_later_key_that_makes_no_sense_is_refused_by_name(key: str, value: object) -> None:
+    """Optional is not unchecked; above all the name of a file stays within its directory."""
+    change = (
+        {"lease": {"token": 1, "deadline_ms": 5, "action": "stop", key: value}} if key == "grace_ms" else {key: value}
+    )
+    with pytest.raises(SpecError, match=key):
+        Spec(default_spec("ex_9.1") | change)
+
+
 def test_a_missing_spec_is_told(start_shim: StartShim) -> None:
     """A shim without a spec says so under the directory's name."""
     shim = start_shim(write_spec=False)

@@ -112,10 +112,11 @@ def test_a_timeout_ends_the_tree(start_shim: StartShim) -> None:
 
 def test_a_lost_lease_stops_the_tree_without_a_controller(start_shim: StartShim) -> None:
     """Grace, kill wait and the margin come before the deadline, with the daemon dead."""
-    deadline_ms = boottime_ms() + 6_000
-    lease = {"token": 3, "deadline_ms": deadline_ms, "action": "stop"}
+    lease = {"token": 3, "deadline_ms": boottime_ms() + 60_000, "action": "stop"}
     shim = start_shim(argv=["sleep", "60"], lease=lease, grace_ms=200, kill_wait_ms=300)
     shim.start()
+    deadline_ms = boottime_ms() + 6_000
+    shim.controller.send(wire.LEASE, struct.pack("<QQB", 4, deadline_ms, wire_stop()))
     shim.controller.close()
     record = shim.exit_file()
     assert (record["verdict"], record["cause"]["kind"]) == ("stopped", "lease")
