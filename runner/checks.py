@@ -6,7 +6,7 @@ import sqlite3
 import stat
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from protocol.limits import CLOCK_SKEW_MS
 from protocol.text import show_age, show_duration
@@ -15,7 +15,7 @@ from runner.adapters.control_client import ControlUnavailable, call_control
 from runner.adapters.succession import JOURNAL
 from runner.adapters.system import SystemClock
 from runner.doctor import Check, Measured, Scene, Verdict, ok, skip
-from runner.errors import ConfigError, NotEnrolled
+from runner.errors import ConfigError, NotEnrolled, Refused
 from runner.verbs.options import CALL_TIMEOUT_S, socket_of
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ KEYSET_LEFT_MS_MIN: Final = 7 * 24 * 60 * 60 * 1000
 FSYNC_P99_MS_MAX: Final = 50.0
 """Every command waits for two commits; beyond this the disk is what a user waits for."""
 CONNECT_TIMEOUT_S: Final = 5.0
+LOOK_TIMEOUT_S: Final = 12.0
+"""The daemon looks at every process of this user: as long as the control socket gives it."""
 NONCE_BYTES: Final = 32
 _NO_SETTINGS: Final = "the settings cannot be read"
 _NO_IDENTITY: Final = "not enrolled"
@@ -217,48 +219,51 @@ def _greet(known: "Identity", proxy: str | None) -> tuple[int, int]:
 
 
 def leftovers(scene: Scene) -> Measured:
-    """R009: no attempt without a shim and without an end, no process of an attempt that is gone."""
+    """R009: no attempt without a shim and without an end, no process that nobody guards and that may not live on."""
     found = [read_attempt(directory) for directory in attempt_directories(scene.settings.state_dir)]
     lost = [files.name for files in found if files.state == "lost"]
-    ended = {files.cookie for files in found if not files.alive}
-    living = {files.cookie for files in found if files.alive}
-    known = scene.identity
-    # Another runner on this machine looks after its own.
-    runner = "" if isinstance(known, (NotEnrolled, ConfigError)) else f"{known.certificate.value.runner}:"
-    strays = [
-        (pid, cookie)
-        for pid, cookie in _cookies()
-        if cookie not in living and (cookie in ended or (runner and cookie.startswith(runner)))
-    ]
-    if not lost and not strays:
+    orphans = _orphans(scene)
+    if not lost and not orphans:
         return ok(f"none among {len(found)} attempts")
     said = [f"without shim and end: {' '.join(lost)}"] if lost else []
-    said += (
-        [f"processes of no living attempt: {' '.join(f'{pid} ({cookie})' for pid, cookie in strays)}"] if strays else []
-    )
+    if orphans:
+        count = sum(len(pids) for pids in orphans.values())
+        named = ", ".join(f"{name} (pid {' '.join(map(str, pids))})" for name, pids in orphans.items())
+        said.append(f"{count} orphan{'s' if count > 1 else ''}: {named}")
     # A daemon settles lost attempts when it starts; whose attempt it does not know it leaves alone.
-    fix = (
-        f"kill {' '.join(str(pid) for pid, _ in strays)}"
-        if strays
-        else "systemctl --user restart runner   # or end `runner start` and run it again"
+    restart = "systemctl --user restart runner   # or end `runner start` and run it again"
+    return Measured(Verdict.WARN, "; ".join(said), "runner orphans --kill" if orphans else restart)
+
+
+def _orphans(scene: Scene) -> dict[str, list[int]]:
+    """Processes that no shim guards, by attempt: as the daemon says, else as processes and files do."""
+    try:
+        said = call_control(socket_of(scene.settings), "orphans", {}, LOOK_TIMEOUT_S)["attempts"]
+    except (ControlUnavailable, Refused):
+        # Nobody answers, or a daemon of an earlier version.
+        said = _unguarded(scene)
+    return {one["attempt"]: [each["pid"] for each in one["processes"]] for one in said if one["state"] != "guarded"}
+
+
+def _unguarded(scene: Scene) -> list[dict[str, Any]]:
+    from runner.adapters import cgroups
+    from runner.adapters.attemptdir import Place
+    from runner.adapters.policyfile import load_policy
+    from runner.adapters.remains import UNGUARDED, Remains
+
+    known, settings = scene.identity, scene.settings
+    if isinstance(known, (NotEnrolled, ConfigError)):
+        return []  # without a name of ours nothing is ours
+    place = Place(
+        state_dir=settings.state_dir,
+        runner=known.certificate.value.runner,
+        boot_id=SystemClock().boot_id,
+        # What was delegated to the daemon is not what was delegated to this shell.
+        cgroups=None if settings.cgroup == cgroups.AUTO else cgroups.base(settings.cgroup),
     )
-    return Measured(Verdict.WARN, "; ".join(said), fix)
-
-
-def _cookies() -> list[tuple[int, str]]:
-    """Processes of this user that carry an attempt's cookie."""
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                environ = Path("/proc", name, "environ").read_bytes()
-            except OSError:
-                continue  # it ended, or is another user's
-            for entry in environ.split(b"\0"):
-                if entry.startswith(b"LOCAL_RUNNER_COOKIE="):
-                    found.append((int(name), entry.partition(b"=")[2].decode("utf-8", "replace")))
-                    break
-    return found
+    remains = Remains(place, lambda: load_policy(settings.policy_file, ())[0].outlive)
+    remains.recall()
+    return [one.told(UNGUARDED) for one in remains.strays() if not one.guarded]
 
 
 CHECKS: Final = (

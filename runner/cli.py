@@ -23,6 +23,11 @@ VERBS: Final = {
     "ps": "runner.verbs.attempts",
     "logs": "runner.verbs.logs",
     "stop": "runner.verbs.attempts",
+    "explain": "runner.verbs.explain",
+    "pause": "runner.verbs.drain",
+    "resume": "runner.verbs.drain",
+    "drain": "runner.verbs.drain",
+    "orphans": "runner.verbs.orphans",
     "doctor": "runner.verbs.doctor",
     "service": "runner.verbs.service",
     "policy": "runner.verbs.policy",
@@ -124,7 +129,7 @@ def cli(ctx: click.Context, /, **flags: str | None) -> None:
       runner logs -f EXECUTION              what it says
 
     Exit codes: 0 ok, 1 internal, 2 usage, 3 configuration, 4 not enrolled, 5 another daemon, 6 control plane
-    unreachable, 8 doctor has warnings, 9 doctor found failures.
+    unreachable, 8 doctor has warnings or there are orphans, 9 doctor found failures.
     """
     ctx.color = wants_colour(os.environ)
     ctx.obj = flags

@@ -24,8 +24,12 @@ LOG_FORMS: Final = ("auto", "json", "console")
 SPOOL_BYTES_RANGE: Final = (4 * MIB, 1024 * 1024 * MIB)
 SEGMENT_BYTES_RANGE: Final = (1 * MIB, 1024 * MIB)
 """A segment holds many records of 64 KiB, or the head of a log alone would fill it."""
-_ELSEWHERE: Final = frozenset({"config", "system", "failpoints", "cookie", "attempt", "execution_id"})
-"""Variables of our prefix that are no settings: two say where to look, one is of the tests, three are of a shim's child."""
+FLOOR_MIB: Final = 512
+"""Room for the journal, for git and for whatever else the machine does, while one execution fills its disk."""
+FLOOR_MIB_MAX: Final = 1024 * 1024
+_ELSEWHERE: Final = frozenset({"config", "system", "failpoints", "cookie", "attempt", "execution_id", "delegated"})
+"""Variables of our prefix that are no settings: two say where to look, one is of the tests, three are of a shim's child, one of our
+service unit."""
 _CONTROL: Final = "control_"
 """Begin of the names that are for `runner-control`."""
 _DIGITS: Final = re.compile(r"[0-9]{1,15}")
@@ -49,6 +53,10 @@ class Settings:
     """A name to look up on PATH, or an absolute path."""
     spool_bytes: int = SPOOL_BYTES_PER_EXECUTION
     segment_bytes: int = SEGMENT_BYTES
+    cgroup: str = "auto"
+    """Where shims make control groups: below the daemon's own where that is delegated, nowhere (`off`), or below a directory."""
+    floor_bytes: int = FLOOR_MIB * MIB
+    """Free space of the disk below which spools stop growing; the journal goes on."""
 
 
 class _Key(NamedTuple):
@@ -94,6 +102,15 @@ def _integer(low: int, high: int, unit: str) -> _Key:
     return _Key(int, parse, f"a whole number of {unit} from {low} to {high}")
 
 
+def _mebibytes(low: int, high: int) -> _Key:
+    key = _integer(low, high, "MiB")
+    return key._replace(parse=lambda text, environ: key.parse(text, environ) * MIB)
+
+
+def _cgroup(text: str, environ: Mapping[str, str]) -> str:
+    return text if text in ("auto", "off") else str(_path(text, environ))
+
+
 _PATH_KEY: Final = _Key(str, _path, "an absolute path, or one below ~/, without ..")
 _KEYS: Final[Mapping[str, _Key]] = MappingProxyType(
     {
@@ -106,9 +123,17 @@ _KEYS: Final[Mapping[str, _Key]] = MappingProxyType(
         "git": _Key(str, _git, "a program name or an absolute path"),
         "spool_bytes": _integer(*SPOOL_BYTES_RANGE, "bytes"),
         "segment_bytes": _integer(*SEGMENT_BYTES_RANGE, "bytes"),
+        "shim.cgroup": _Key(str, _cgroup, "auto, off, or the absolute path of a control group that is ours"),
+        "spool.floor_mib": _mebibytes(0, FLOOR_MIB_MAX),
     }
 )
-assert _KEYS.keys() | {"config_file"} == {f.name for f in fields(Settings)}
+"""By the name in the file: `table.key`, or a key outside of all tables."""
+_FIELDS: Final[Mapping[str, str]] = MappingProxyType({"shim.cgroup": "cgroup", "spool.floor_mib": "floor_bytes"})
+"""Settings whose field is not called as their key."""
+_TABLES: Final = frozenset(name.partition(".")[0] for name in _KEYS if "." in name)
+_BY_WORD: Final[Mapping[str, str]] = MappingProxyType({name.replace(".", "_"): name for name in _KEYS})
+"""Names as flags and variables have them."""
+assert {_FIELDS.get(name, name) for name in _KEYS} | {"config_file"} == {f.name for f in fields(Settings)}
 
 
 def load_settings(flags: Mapping[str, str | None], environ: Mapping[str, str]) -> Settings:
@@ -137,8 +162,9 @@ def explain_settings(flags: Mapping[str, str | None], environ: Mapping[str, str]
         (_variable_name, _from_texts(ENVIRONMENT_PLACE, variables, environ, _ELSEWHERE, _variable_name)),
         (_flag_name, _from_texts(FLAGS_PLACE, given, environ, frozenset({"config"}), _flag_name)),
     ):
-        for key, value in read:
-            found[key], sources[key] = value, source(key)
+        for name, value in read:
+            key = _FIELDS.get(name, name)
+            found[key], sources[key] = value, source(name)
     settings = Settings(**{**_defaults(found, file, variables, environ), **found})
     if settings.segment_bytes > settings.spool_bytes:
         raise ConfigError(str(file), "segment_bytes", "no more than spool_bytes")
@@ -153,7 +179,7 @@ def _default_sources(
     def moved_by(variable: str) -> str:
         return variable if environ.get(variable) and not _is_system(variables) else DEFAULT_PLACE
 
-    known = dict.fromkeys(_KEYS, DEFAULT_PLACE)
+    known = dict.fromkeys((_FIELDS.get(name, name) for name in _KEYS), DEFAULT_PLACE)
     named = _flag_name("config") if "config" in given else _variable_name("config") if "config" in variables else ""
     known["config_file"] = known["policy_file"] = named or moved_by("XDG_CONFIG_HOME")
     known["state_dir"] = moved_by("XDG_STATE_HOME")
@@ -163,12 +189,12 @@ def _default_sources(
     return known
 
 
-def _variable_name(key: str) -> str:
-    return PREFIX + key.upper()
+def _variable_name(name: str) -> str:
+    return PREFIX + name.replace(".", "_").upper()
 
 
-def _flag_name(key: str) -> str:
-    return "--" + key.replace("_", "-")
+def _flag_name(name: str) -> str:
+    return "--" + name.replace(".", "-").replace("_", "-")
 
 
 def _config_file(
@@ -230,11 +256,12 @@ def _from_texts(
     elsewhere: frozenset[str],
     shown: Callable[[str], str],
 ) -> Iterator[tuple[str, Any]]:
-    for name, text in texts.items():
-        if name in elsewhere:
+    for word, text in texts.items():
+        if word in elsewhere:
             continue
-        if name not in _KEYS:
-            raise ConfigError(place, ascii(shown(name))[1:-1], _one_of(shown))
+        if word not in _BY_WORD:
+            raise ConfigError(place, ascii(shown(word))[1:-1], _one_of(shown))
+        name = _BY_WORD[word]
         yield name, _parsed(place, shown(name), _KEYS[name], text, environ)
 
 
@@ -258,6 +285,19 @@ def _from_file(file: Path, environ: Mapping[str, str], *, required: bool) -> Ite
 
 
 def _tables(place: str, content: bytes) -> dict[str, Any]:
+    """Values by their names; a table that is none of ours is a value like any other."""
+    given: dict[str, Any] = {}
+    for name, value in _document(place, content).items():
+        if "." in name:
+            raise ConfigError(place, ascii(name)[1:-1], "no quoted key: a table and a key in it")
+        if name in _TABLES and isinstance(value, dict):
+            given.update((f"{name}.{key}", inner) for key, inner in value.items())
+        else:
+            given[name] = value
+    return given
+
+
+def _document(place: str, content: bytes) -> dict[str, Any]:
     if len(content) > CONFIG_BYTES_MAX:
         raise ConfigError(place, "", f"at most {CONFIG_BYTES_MAX} bytes")
     try:

@@ -3,9 +3,10 @@
 Up: lock, identity, policy, journal, shims; recovery; then the socket and the network. Down: nothing that runs is touched.
 """
 
+import asyncio
+import contextlib
 import os
 import platform
-import signal
 import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -17,12 +18,18 @@ import structlog
 from protocol.execution import AttemptState
 from protocol.groups import ungrouped
 from protocol.handshake import Standing
+from protocol.keys import b64url
+from protocol.session import BeatAnswered
 from protocol.version import VERSION
+from runner import failpoints
+from runner.adapters import cgroups
 from runner.adapters.attemptdir import ShimSettings
 from runner.adapters.attemptfiles import attempt_directories
 from runner.adapters.control import serve_control
 from runner.adapters.git import Git
+from runner.adapters.headroom import Gauge
 from runner.adapters.journal import SqliteJournal
+from runner.adapters.keeper import Keeper
 from runner.adapters.keystore import Identity, Keystore
 from runner.adapters.policyfile import load_policy
 from runner.adapters.shims import ShimAdapter
@@ -30,19 +37,24 @@ from runner.adapters.succession import IDENTITY, JOURNAL, carry_through
 from runner.adapters.system import StateLock, SystemClock, make_private, raise_fd_limit, sd_notify
 from runner.adapters.tools import ShimTools
 from runner.adapters.uplink import Uplink, read_ack
+from runner.adapters.wake import WakeWatch
 from runner.adapters.worktrees import GitWorktrees
 from runner.config import Settings
 from runner.core.engine import Engine, EngineIdentity
 from runner.core.environment import inherited
-from runner.core.inputs import SessionDown
+from runner.core.inputs import Now, SessionDown
 from runner.core.policy import Policy
 from runner.desk import Desk
+from runner.ending import Ending
 from runner.errors import JournalBroken
 from runner.hands import DaemonHands
 from runner.link import Link
 from runner.pump import Footing, Pump
+from runner.strays import StrayDesk
 
 PRIVATE_UMASK: Final = 0o077
+INSTANCE_BYTES: Final = 16
+"""What tells this daemon from any other that holds its key: as much as an id has."""
 HOUSEKEEPING_S: Final = 3600.0
 """Pruning is for weeks-old things: once an hour is plenty, and wakes an idle laptop rarely."""
 RETENTION_MS: Final = 7 * 24 * 60 * 60 * 1000
@@ -78,6 +90,7 @@ class Daemon:
         self._settings = settings
         self._umask = umask
         self._clock = SystemClock()
+        self._instance = b64url(self._clock.entropy(INSTANCE_BYTES))
         self._log = structlog.get_logger()
         self._keystore = Keystore(settings.state_dir / IDENTITY)
         self._identity: Identity = self._keystore.load()
@@ -90,7 +103,7 @@ class Daemon:
             journal = await stack.enter_async_context(SqliteJournal(self._settings.state_dir / JOURNAL))
             image = await journal.load()
             engine = Engine(self._engine_identity(), self._policy, inherited(os.environ), image)
-            shims = self._shims()
+            shims = self._shims(engine)
             stack.callback(shims.close)
             shims.start()
             uplink = Uplink(wake=lambda: link.wake(), arm=shims.arm, trim=shims.trim, failed=self._complain_of_log)
@@ -103,8 +116,12 @@ class Daemon:
                 journal=journal,
                 clock=self._clock,
                 uplink=uplink,
-                note=lambda event, fields: self._log.info(event, **fields),
+                note=lambda event, fields: hands.note(event, fields),
             )
+            keeper = self._keeper(
+                lambda: self._standing(engine, pump.footing), lambda kept, at: pump.put_first(kept, at)
+            )
+            stack.callback(keeper.close)
             async with anyio.create_task_group() as tasks:
                 worktrees = self._worktrees(shims)
                 hands = DaemonHands(
@@ -114,22 +131,16 @@ class Daemon:
                     worktrees=worktrees,
                     link=link,
                     uplink=uplink,
+                    keeper=keeper,
                     keystore=self._keystore,
                     runner=engine.me.runner,
                     seal_seed=self._identity.seal_seed,
                 )
-                pump = Pump(engine, journal, self._clock, hands)
+                gauge = self._gauge()
+                pump = Pump(engine, journal, self._clock, hands, gauge.measure, WakeWatch().look)
+                keeper.start()
                 await self._recover(engine, pump, shims, uplink)
-                desk = Desk(
-                    version=VERSION,
-                    name=self._identity.certificate.value.name,
-                    engine=engine,
-                    shims=shims,
-                    uplink=uplink,
-                    link=link,
-                    clock=self._clock,
-                    put=pump.put,
-                )
+                desk, ending = self._owners_side(engine, pump, shims, uplink, link, gauge, hands)
                 await tasks.start(serve_control, self._settings.runtime_dir / "control.sock", desk.answer)
                 tasks.start_soon(pump.run)
                 tasks.start_soon(link.run, pump)
@@ -138,7 +149,8 @@ class Daemon:
                 self._log.info("daemon.started", pid=os.getpid(), runner=engine.me.runner, inc=engine.me.inc)
                 sd_notify("READY=1")
                 ready()
-                await _until_told_to_stop()
+                await ending.told()
+                await ending.carry_out()
                 tasks.cancel_scope.cancel()
             # What was answered since the last commit is remembered, so that a clean end owes nobody anything.
             await pump.perform(engine.step(SessionDown(), self._clock.now()))
@@ -164,7 +176,26 @@ class Daemon:
             boot_id=self._clock.boot_id,
         )
 
-    def _shims(self) -> ShimAdapter:
+    def _keeper(self, standing: Callable[[], Standing], put_first: Callable[[BeatAnswered, Now], None]) -> Keeper:
+        """Renewals beside the event loop; what comes of them is handed to the loop, for when that goes on."""
+        loop = asyncio.get_running_loop()
+
+        def hand_over(answered: BeatAnswered, got: Now) -> None:
+            # A loop that is closed has nobody left to tell.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(put_first, answered, got)
+
+        return Keeper(
+            url=self._identity.url,
+            proxy=self._settings.proxy,
+            state_dir=self._settings.state_dir,
+            standing=standing,
+            clock=self._clock,
+            answered=hand_over,
+            note=lambda event, fields: self._log.warning(event, **fields),
+        )
+
+    def _shims(self, engine: Engine) -> ShimAdapter:
         certificate = self._identity.certificate.value
         return ShimAdapter(
             ShimSettings(
@@ -175,8 +206,49 @@ class Daemon:
                 umask=self._umask,
                 segment_bytes=self._settings.segment_bytes,
                 spool_bytes=self._settings.spool_bytes,
+                floor_bytes=self._settings.floor_bytes,
+                cgroups=cgroups.base(self._settings.cgroup),
             ),
+            outlive=lambda: engine.policy.outlive,
             on_loss=lambda why: self._log.warning("forkserver.lost", detail=why),
+        )
+
+    def _owners_side(
+        self,
+        engine: Engine,
+        pump: Pump,
+        shims: ShimAdapter,
+        uplink: Uplink,
+        link: Link,
+        gauge: Gauge,
+        hands: DaemonHands,
+    ) -> tuple[Desk, Ending]:
+        ending = Ending(
+            engine=engine,
+            pump=pump,
+            clock=self._clock,
+            owing=lambda: link.status.up and (link.unanswered or uplink.backlog_bytes > 0),
+        )
+        desk = Desk(
+            version=VERSION,
+            name=self._identity.certificate.value.name,
+            engine=engine,
+            shims=shims,
+            uplink=uplink,
+            link=link,
+            clock=self._clock,
+            put=pump.put,
+            settle=pump.put_and_wait,
+            measure=gauge.measure,
+            end=ending.ask,
+            orphans=StrayDesk(engine=engine, shims=shims, settle=pump.put_and_wait, sweep_of=hands.sweep_of).answer,
+        )
+        return desk, ending
+
+    def _gauge(self) -> Gauge:
+        state_dir = self._settings.state_dir
+        return Gauge(
+            [state_dir, state_dir / "worktrees"], lambda fault: self._log.warning("headroom.failed", detail=fault)
         )
 
     def _worktrees(self, shims: ShimAdapter) -> GitWorktrees:
@@ -205,6 +277,7 @@ class Daemon:
             platform=platform.platform()[:200],
             hostname=socket.gethostname()[:200],
             attempts=engine.attempts.living,
+            instance=self._instance,
         )
 
     # --- start and upkeep ---------------------------------------------------------------------------------------
@@ -212,12 +285,15 @@ class Daemon:
     async def _recover(self, engine: Engine, pump: Pump, shims: ShimAdapter, uplink: Uplink) -> None:
         """Bring every attempt and every pending command to where it belongs, before any new one is heard."""
         found = await shims.observe()
+        failpoints.hit("recovery.observed")
         effects = engine.recover(found, self._clock.now())
+        failpoints.hit("recovery.decided")
         settled = {row.attempt.name for row in engine.attempts.rows.values() if row.state is AttemptState.SETTLED}
         for directory in attempt_directories(self._settings.state_dir):
             if directory.name in settled and read_ack(directory) is None:
                 uplink.track(directory.name, directory, finished=True)
         await pump.perform(effects)
+        failpoints.hit("recovery.performed")
         self._log.info("recovery.finished", found=len(found), living=engine.attempts.living)
 
     def _complain_of_log(self, attempt: str, fault: str) -> None:
@@ -233,13 +309,3 @@ class Daemon:
             living = {attempt.name for attempt in engine.attempts.living_names()}
             await shims.expire(now_ms - RETENTION_MS, living)
             await anyio.sleep(HOUSEKEEPING_S)
-
-
-async def _until_told_to_stop() -> None:
-    """Wait for the first SIGTERM or SIGINT; the second ends the process at once."""
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for _number in signals:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            sd_notify("STOPPING=1")
-            return

@@ -1,10 +1,12 @@
 """Performs what the engine decided, through the ports. What takes time runs as a task and comes back as an input."""
 
+import asyncio
 import errno
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, assert_never
 
+import anyio
 import structlog
 from anyio.abc import TaskGroup
 
@@ -21,19 +23,23 @@ from runner.core.effects import (
     CollectAttempt,
     CreateWorktree,
     Effect,
+    EndHungShim,
     KeepIdentity,
     Note,
     Offer,
     Persist,
     PrepareAttempt,
     PushLease,
+    Redial,
     ReleaseAttempt,
     RemoveWorktree,
     ReportAgain,
     Say,
+    ScanOrphans,
     SendBeat,
     StopAttempt,
     SweepAttempt,
+    SweepRemains,
 )
 from runner.core.inputs import (
     AttemptExited,
@@ -41,17 +47,37 @@ from runner.core.inputs import (
     AttemptNotPrepared,
     AttemptPrepared,
     Input,
+    OrphansFound,
+    RemainsSwept,
+    ShimSilent,
     WorktreeCreated,
     WorktreeFailed,
     WorktreeRemoved,
 )
-from runner.core.plans import AttemptPlan
-from runner.errors import Broken, Refused
+from runner.core.plans import AttemptPlan, ProcessIdentity, Swept
+from runner.errors import Broken, ConfigError, NotEnrolled, Refused
 from runner.link import Link
-from runner.ports import Worktrees
+from runner.ports import LeaseKeeper, ShimEvent, Worktrees
 
+UNSEEN_PAUSE_S: Final = 10.0
+"""After a look that failed for want of descriptors or memory: others need a moment to give theirs back."""
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
-WARNINGS: Final = frozenset({"alarm.raised", "attempt.lost", "lease.lost", "report.refused", "session.lost"})
+WARNINGS: Final = frozenset(
+    {
+        "alarm.raised",
+        "attempt.lost",
+        "attempt.unknown",
+        "identity.unkept",
+        "lease.lost",
+        "lease.neglected",
+        "orphan.found",
+        "orphan.swept",
+        "orphan.unseen",
+        "report.refused",
+        "session.lost",
+        "shim.hung",
+    }
+)
 
 
 class DaemonHands:
@@ -66,6 +92,7 @@ class DaemonHands:
         worktrees: Worktrees,
         link: Link,
         uplink: Uplink,
+        keeper: LeaseKeeper,
         keystore: Keystore,
         runner: str,
         seal_seed: bytes,
@@ -76,17 +103,35 @@ class DaemonHands:
         self._worktrees = worktrees
         self._link = link
         self._uplink = uplink
+        self._keeper = keeper
         self._keystore = keystore
         self._runner = runner
         self._seal_seed = seal_seed
         self._secrets: dict[Attempt, dict[str, bytes]] = {}
+        self._scanning = False
+        self._sweeps: dict[Attempt, list[asyncio.Future[Swept]]] = {}
         self._log = structlog.get_logger()
         shims.listen(self.heard)
+        shims.on_cut = lambda attempt: self._begin(self._adopt, attempt)
 
-    def heard(self, event: AttemptExited | AttemptLost) -> None:
-        """An attempt has ended: its log will not grow any more."""
-        self._uplink.finish(event.attempt.name)
+    def heard(self, event: ShimEvent) -> None:
+        """What became of an attempt; when it has ended, its log will not grow any more and its lease is not wanted."""
+        if isinstance(event, AttemptExited | AttemptLost):
+            self._keeper.drop(event.attempt)
+            self._uplink.finish(event.attempt.name)
         self._put(event)
+
+    def sweep_of(self, attempt: Attempt) -> "asyncio.Future[Swept]":
+        """The evidence of the next sweep of what is left of an attempt; cancel it when nobody waits any more."""
+        waiting: asyncio.Future[Swept] = asyncio.get_running_loop().create_future()
+        self._sweeps.setdefault(attempt, []).append(waiting)
+        waiting.add_done_callback(lambda done: self._forget_sweep(attempt, done))
+        return waiting
+
+    def _forget_sweep(self, attempt: Attempt, done: "asyncio.Future[Swept]") -> None:
+        left = [waiting for waiting in self._sweeps.pop(attempt, ()) if waiting is not done]
+        if left:
+            self._sweeps[attempt] = left
 
     def perform(self, effect: Effect) -> None:
         """See the port."""
@@ -107,23 +152,35 @@ class DaemonHands:
                 self._begin(self._release, attempt)
             case AbandonAttempt(attempt):
                 self._secrets.pop(attempt, None)
+                self._keeper.drop(attempt)
                 self._begin(self._shims.abandon, attempt)
             case StopAttempt(attempt, grace_ms, by):
                 self._shims.stop(attempt, grace_ms, by)
-            case PushLease(attempt, token, deadline_ms, action):
-                self._shims.lease(attempt, token, deadline_ms, action)
+                failpoints.hit("stop.said")
+            case PushLease():
+                self._push_lease(effect)
+                failpoints.hit("lease.pushed")
             case CollectAttempt(attempt):
+                self._keeper.drop(attempt)
                 self._shims.collect(attempt)
             case AdoptAttempt(attempt):
                 self._begin(self._adopt, attempt)
             case SweepAttempt(attempt):
                 self._begin(self._sweep, attempt)
+            case SweepRemains(attempt):
+                self._begin(self._sweep_remains, attempt)
+            case EndHungShim(attempt, shim):
+                self._begin(self._end_hung, attempt, shim)
+            case ScanOrphans():
+                self._scan()
+            case Redial():
+                self._link.redial()
             case CreateWorktree():
                 self._begin(self._create, effect)
             case RemoveWorktree():
                 self._begin(self._remove, effect)
-            case KeepIdentity(keyset, certificate):
-                self._keystore.keep(keyset, certificate)
+            case KeepIdentity():
+                self._keep_identity(effect)
             case Note(event, fields):
                 self.note(event, dict(fields))
             case _:
@@ -133,6 +190,22 @@ class DaemonHands:
         """Log one fact, once."""
         log = self._log.warning if event in WARNINGS else self._log.info
         log(event, **{name: value for name, value in fields.items() if value is not None})
+
+    def _push_lease(self, push: PushLease) -> None:
+        deadline_ms = push.deadline_ms
+        if push.lease is None:
+            self._keeper.drop(push.attempt)
+        else:
+            deadline_ms = self._keeper.hold(push.attempt, push.lease, push.action, push.grace_ms)
+        self._shims.lease(push.attempt, push.token, deadline_ms, push.action, push.grace_ms)
+
+    def _keep_identity(self, effect: KeepIdentity) -> None:
+        try:
+            self._keystore.keep(effect.keyset, effect.certificate)
+            failpoints.hit("identity.kept")
+        except (Refused, Broken, ConfigError, NotEnrolled) as exc:
+            # It counts in memory, and the control plane sends it again to a daemon that does not have it.
+            self.note("identity.unkept", {"detail": str(exc)})
 
     def _begin(self, work: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
         self._tasks.start_soon(work, *args)
@@ -177,13 +250,54 @@ class DaemonHands:
 
     async def _adopt(self, attempt: Attempt) -> None:
         self._track(attempt)
-        await self._shims.adopt(attempt)
-        self.note("attempt.adopted", {"attempt": attempt.name})
+        if await self._shims.adopt(attempt):
+            self.note("attempt.adopted", {"attempt": attempt.name})
 
     async def _sweep(self, attempt: Attempt) -> None:
-        swept = await self._shims.sweep(attempt)
+        await self._end(attempt, self._shims.lose(attempt))
+
+    async def _end_hung(self, attempt: Attempt, shim: ProcessIdentity | None) -> None:
+        await self._end(attempt, self._shims.end_hung(attempt, shim))
+
+    async def _end(self, attempt: Attempt, ending: Awaitable[ShimEvent]) -> None:
         self._track(attempt)
-        self.heard(AttemptLost(attempt, Reason.SHIM_LOST, swept))
+        try:
+            ended = await ending
+            failpoints.hit("sweep.ended")
+            self.heard(ended)
+        except OSError as exc:
+            # Who could not look knows nothing: it is asked again, when there may be room to look.
+            self._unseen(exc)
+            await anyio.sleep(UNSEEN_PAUSE_S)
+            self._put(ShimSilent(attempt))
+
+    async def _sweep_remains(self, attempt: Attempt) -> None:
+        try:
+            swept = await self._shims.sweep(attempt.name)
+        except OSError as exc:
+            self._unseen(exc)
+            return
+        self._put(RemainsSwept(attempt, swept))
+        for waiting in self._sweeps.pop(attempt, ()):
+            if not waiting.done():
+                waiting.set_result(swept)
+
+    def _scan(self) -> None:
+        """Look at all processes, once at a time: who asks meanwhile has the answer of the one that goes on."""
+        if not self._scanning:
+            self._scanning = True
+            self._begin(self._look_around)
+
+    async def _look_around(self) -> None:
+        try:
+            self._put(OrphansFound(await self._shims.scan()))
+        except OSError as exc:
+            self._unseen(exc)
+        finally:
+            self._scanning = False
+
+    def _unseen(self, exc: OSError) -> None:
+        self.note("orphan.unseen", {"detail": exc.strerror})
 
     def _track(self, attempt: Attempt) -> None:
         try:

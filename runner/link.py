@@ -1,11 +1,12 @@
 """The session with the control plane: dial, prove, then move messages between the connection, the engine and the logs.
 
-One task reads, one task writes. The writer's order is fixed: what was said, reports, and only then data, so a heartbeat is never
-behind more than one data frame.
+One task reads, one task writes, one looks whether anybody is still there. The writer's order is fixed: what was said, reports, and
+only then data, so a heartbeat is never behind more than one data frame.
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final
 
 import anyio
@@ -19,6 +20,7 @@ from protocol.messages import (
     Beaten,
     Bye,
     CommandFrame,
+    Fetch,
     FromPlane,
     Message,
     Need,
@@ -44,7 +46,10 @@ SAID_MAX: Final = 1024
 """Unsent `need` and `refused` messages: a flood of refused envelopes must not fill memory; the oldest go first."""
 FRAMES_IN_A_ROW: Final = 16
 """Data frames before the clock is looked at: what went unanswered is late by a megabyte of output at most."""
+RETRY_LOOK_S: Final = RETRY_MS / 5000
+"""Between two looks for what had no answer for RETRY_MS: every wake begins the wait anew, so a whole RETRY_MS would double it."""
 NONCE_BYTES: Final = 32
+TWO_MACHINES: Final = "another machine uses this identity; on one of the two run: runner enroll --replace"
 _JITTER_BYTES: Final = 4
 
 
@@ -85,6 +90,12 @@ class Link:
         self._caught_up = False
         self._behind = False
         self._again: list[int] = []
+        self._backoff = Backoff()
+        self._hurry = Wakeup()
+        self._dialling: anyio.CancelScope | None = None
+        self._connection: PlaneConnection | None = None
+        self._dials = 0
+        self._in_conflict = False
 
     @property
     def unanswered(self) -> bool:
@@ -97,7 +108,16 @@ class Link:
         """There may be something to send."""
         self._wake.set()
 
-    def say(self, message: Need | Refused) -> None:
+    def redial(self) -> None:
+        """What is connected is dead or unsure: drop it without waiting for anybody, and dial at once."""
+        self._backoff.reset()
+        self._hurry.set()
+        if self._dialling is not None:
+            self._dialling.cancel()
+        if self._connection is not None:
+            self._connection.abort()
+
+    def say(self, message: Need | Refused | Fetch) -> None:
         """Send it if there is a session; nobody resends it."""
         if self._session is not None:
             self._said.append(message)
@@ -108,7 +128,17 @@ class Link:
         if self._session is not None:
             now_ms = self._clock.now().boot_ms
             names = [attempt.name for attempt in beat.attempts[:BEAT_LEASES_MAX]]
-            self._said.append(self._session.beat(now_ms, beat.hw, beat.leases[:BEAT_LEASES_MAX], names))
+            whole = max(len(beat.leases), len(beat.attempts), len(beat.lost)) <= BEAT_LEASES_MAX
+            said = self._session.beat(
+                now_ms,
+                beat.hw,
+                beat.leases[:BEAT_LEASES_MAX],
+                names,
+                lost=beat.lost[:BEAT_LEASES_MAX],
+                full=beat.full and whole,
+                admission=beat.admission,
+            )
+            self._said.append(said)
             self.wake()
 
     def offer(self, items: Sequence[ReportItem]) -> None:
@@ -133,25 +163,39 @@ class Link:
 
     async def run(self, pump: Pump) -> None:
         """Dial, serve a session, and again; never returns."""
-        backoff = Backoff()
         while True:
             permanent = False
+            self._hurry.clear()
             try:
-                async with dial(self.status.url, self._proxy) as connection:
-                    established = await self._handshake(connection)
-                    backoff.reset()
-                    await self._serve(connection, established, pump)
+                await self._dial(pump)
             except ConnectionLost as exc:
                 permanent = exc.permanent
-                self._down(exc.detail)
+                self._down(exc.detail, conflict=exc.code == CloseCode.IDENTITY_CONFLICT)
             except RemoteError as exc:
-                self._down(str(exc))
+                permanent = exc.reason is Reason.IDENTITY_CONFLICT
+                self._down(str(exc), conflict=permanent)
             jitter = int.from_bytes(self._clock.entropy(_JITTER_BYTES), "big") / 2 ** (8 * _JITTER_BYTES)
             # A plane that says "not you" may be mended by its operator: keep asking, as seldom as we ask anybody.
-            await anyio.sleep((CAP_MS if permanent else backoff.next_ms(jitter)) / 1000)
+            await self._hurry.wait((CAP_MS if permanent else self._backoff.next_ms(jitter)) / 1000)
+
+    async def _dial(self, pump: Pump) -> None:
+        """One connection, from the first packet to the last."""
+        with anyio.CancelScope() as dialling:
+            self._dialling = dialling
+            try:
+                async with dial(self.status.url, self._proxy) as connection:
+                    self._dialling, self._connection = None, connection
+                    established = await self._handshake(connection)
+                    self._backoff.reset()
+                    await self._serve(connection, established, pump)
+            finally:
+                self._dialling = self._connection = None
 
     async def _handshake(self, connection: PlaneConnection) -> Established:
-        handshake = RunnerHandshake(self._standing(), b64url(self._clock.entropy(NONCE_BYTES)))
+        # Of two handshakes the plane knows by this which is the later, and that nobody else uses our count.
+        self._dials += 1
+        standing = replace(self._standing(), dial=self._dials)
+        handshake = RunnerHandshake(standing, b64url(self._clock.entropy(NONCE_BYTES)))
         try:
             with anyio.fail_after(HANDSHAKE_TIMEOUT_MS / 1000):
                 await connection.send(encode(handshake.start()))
@@ -183,6 +227,7 @@ class Link:
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._write, connection)
+                tasks.start_soon(connection.watch)
                 try:
                     await self._read(connection, pump)
                 except (ConnectionLost, RemoteError) as exc:
@@ -219,7 +264,9 @@ class Link:
             case Resume() | Ack():
                 self._uplink.heard(message)
             case Bye():
-                raise ConnectionLost(CloseCode.GOING_AWAY, f"the control plane says {message.reason}")
+                conflict = message.reason is Reason.IDENTITY_CONFLICT
+                code = CloseCode.IDENTITY_CONFLICT if conflict else CloseCode.GOING_AWAY
+                raise ConnectionLost(code, f"the control plane says {message.reason}")
             case _:
                 raise RemoteError(Reason.UNEXPECTED_MESSAGE, "not in a session", CloseCode.BAD_FRAME)
 
@@ -230,7 +277,7 @@ class Link:
                 await self._refill()
                 if not await self._send_some(connection):
                     # A silence sends again what nobody answered.
-                    await self._wake.wait(RETRY_MS / 1000 if self._waiting else None)
+                    await self._wake.wait(RETRY_LOOK_S if self._waiting else None)
         except ConnectionLost:
             return
 
@@ -283,12 +330,18 @@ class Link:
         self.status.up = True
         self.status.since_ms = self._clock.now().wall_ms
         self.status.reason = ""
+        self._in_conflict = False
         self._note("session.established", {"session": established.session, "out_hw": established.out_hw})
 
-    def _down(self, reason: str) -> None:
+    def _down(self, reason: str, *, conflict: bool) -> None:
+        if conflict:
+            reason = f"{reason}: {TWO_MACHINES}"
         if self.status.up or self.status.reason != reason:
             self._note("session.lost", {"reason": reason})
             self.status.since_ms = self._clock.now().wall_ms
+        if conflict and not self._in_conflict:
+            self._in_conflict = True
+            self._note("alarm.raised", {"reason": Reason.IDENTITY_CONFLICT, "detail": reason})
         self.status.up = False
         self.status.reason = reason
 

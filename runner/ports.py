@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from protocol.ids import Attempt
+from protocol.lease import Lease
 from protocol.messages import ReportItem
-from runner.core.inputs import AttemptExited, AttemptLost, Now
+from runner.core.inputs import AttemptExited, AttemptLost, Now, RemainsSwept, ShimSilent
 from runner.core.journaling import Image, Write
 from runner.core.plans import (
     AttemptPlan,
     LeaseAction,
     Observed,
+    Orphan,
     ProcessIdentity,
     RemovalPlan,
     Swept,
@@ -54,20 +56,26 @@ class Journal(Protocol):
         """Stored report items by number; those that were pruned are left out."""
 
 
-ShimEvent = AttemptExited | AttemptLost
+ShimEvent = AttemptExited | AttemptLost | ShimSilent | RemainsSwept
 
 
 class Shims(Protocol):
     """Attempts on this machine: their directories and the shims that guard them."""
 
     def listen(self, hear: Callable[[ShimEvent], None]) -> None:
-        """Call `hear` for every end of an attempt, from the event loop."""
+        """Call `hear` for what becomes of attempts, from the event loop."""
 
     async def observe(self) -> list[Observed]:
-        """Every attempt directory as it is now; waits briefly for shims that are about to exit unreleased."""
+        """Every attempt directory as it is now, and whether its shim answers and anything of it lives.
+
+        Waits briefly for shims that are about to exit unreleased.
+        """
 
     async def prepare(self, plan: AttemptPlan, cwd: str, *, again: bool) -> ProcessIdentity:
-        """Make the directory, write the spec, fork a shim behind its barrier. Raises Refused or Broken."""
+        """Raise the fence, make the directory, write the spec, fork a shim behind its barrier.
+
+        Raises Refused, Broken, or OSError when the disk is full or fails; then there is no directory.
+        """
 
     async def release(self, attempt: Attempt, secrets: Mapping[str, bytes]) -> None:
         """Open the barrier."""
@@ -75,20 +83,38 @@ class Shims(Protocol):
     async def abandon(self, attempt: Attempt) -> None:
         """Close the barrier for ever and remove the directory."""
 
-    async def adopt(self, attempt: Attempt) -> None:
-        """Connect to a living shim; its exit, also one that has already happened, is then heard. Raises Broken."""
+    async def adopt(self, attempt: Attempt) -> bool:
+        """Connect to a living shim; its exit, also one that has already happened, is then heard.
+
+        Returns whether it answered now; False also where there is a connection already. When it does not answer, what became of
+        it is heard: also `ShimSilent`.
+        """
 
     def stop(self, attempt: Attempt, grace_ms: int | None, by: str) -> None:
-        """Begin the ladder; idempotent."""
+        """Begin the ladder; idempotent. While there is no connection it waits for the next."""
 
-    def lease(self, attempt: Attempt, token: int, deadline_ms: int, action: LeaseAction) -> None:
-        """Push a deadline."""
+    def lease(
+        self, attempt: Attempt, token: int, deadline_ms: int, action: LeaseAction, grace_ms: int | None = None
+    ) -> None:
+        """Push a deadline, and the grace of a stop at the loss (None: the attempt's own). It waits as a stop does."""
 
     def collect(self, attempt: Attempt) -> None:
         """Let the shim go; its files stay."""
 
-    async def sweep(self, attempt: Attempt) -> Swept:
-        """End what is left of an attempt whose shim is gone: identity first, then the cookie, until two scans are empty."""
+    async def lose(self, attempt: Attempt) -> ShimEvent:
+        """Its shim seems to be gone: its record if it left one, else end what is left of it; `ShimSilent` when the shim lives."""
+
+    async def end_hung(self, attempt: Attempt, shim: ProcessIdentity | None) -> ShimEvent:
+        """KILL a shim that does nothing, by its identity (None: as its files say), and end what it guarded.
+
+        `RemainsSwept` when it holds its lock all the same: then nothing is known of its end.
+        """
+
+    async def sweep(self, name: str) -> Swept:
+        """End what is left of an attempt or a tool whose shim is gone, in tiers, until two scans are empty."""
+
+    async def scan(self) -> tuple[Orphan, ...]:
+        """One look at all processes of this machine: those of ours, by attempt."""
 
     async def remove(self, attempt: Attempt) -> None:
         """Delete the directory of an attempt that never ran."""
@@ -102,6 +128,19 @@ class ToolExit:
     stdout: bytes
     stderr: bytes
     truncated: bool = False
+
+
+class LeaseKeeper(Protocol):
+    """Renews leases when nothing else does."""
+
+    def hold(self, attempt: Attempt, lease: Lease, action: LeaseAction, grace_ms: int | None) -> int:
+        """This is the lease of an attempt now, and what is to be done at its loss.
+
+        Returns the deadline to tell its shim (BOOTTIME): a later one where the lease was renewed here meanwhile.
+        """
+
+    def drop(self, attempt: Attempt) -> None:
+        """Its lease is not wanted any more."""
 
 
 class Tools(Protocol):

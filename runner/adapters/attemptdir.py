@@ -1,6 +1,7 @@
 """The daemon's side of an attempt's directory: laid out, waited for, connected to and cleared (docs/shim.md §1). Blocking."""
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -15,15 +16,19 @@ from typing import Any, Final
 from protocol.errors import Reason
 from protocol.limits import KILL_WAIT_MS
 from runner import failpoints
+from runner.adapters import cgroups
 from runner.adapters.attemptfiles import ATTEMPTS_DIR, attempt_directories, is_alive, read_attempt
 from runner.adapters.exitrecord import parse_exit
 from runner.adapters.uplink import ACK_NAME
 from runner.core.plans import AttemptPlan, ExitRecord
-from runner.errors import Refused
+from runner.errors import Broken, Refused, RunnerError
 
 UNRELEASED_WAIT_S: Final = 2.0
 """A shim whose daemon died behind the barrier exits at once; longer than this it is taken for living."""
 LOCK_POLL_S: Final = 0.01
+FENCES_DIR: Final = "fences"
+FENCE_BYTES_MAX: Final = 21
+"""The digits of a u64 and the line's end (docs/shim.md §1)."""
 _RLIMITS: Final = {
     number: resource.getrlimit(number)
     for number in (resource.RLIMIT_NOFILE, resource.RLIMIT_CORE, resource.RLIMIT_NPROC, resource.RLIMIT_STACK)
@@ -32,37 +37,57 @@ _RLIMITS: Final = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShimSettings:
-    """What goes into every spec beside the plan."""
+class Place:
+    """Where attempts of one runner are on this machine, and what marks them."""
 
     state_dir: Path
     runner: str
     boot_id: str
-    epoch: int
-    """Rises with every daemon: the newest controller of a shim wins."""
-    umask: int
-    segment_bytes: int
-    spool_bytes: int
+    cgroups: Path | None = None
+    """Below which payloads have cgroups of their own; None: they have none."""
 
     @property
     def root(self) -> Path:
         """Where the directories of attempts are."""
         return self.state_dir / ATTEMPTS_DIR
 
+    def leaf(self, name: str) -> Path | None:
+        """The cgroup of an attempt's payload."""
+        return None if self.cgroups is None else cgroups.leaf(self.cgroups, name)
+
     def cookie(self, name: str) -> str:
         """The mark in the environment of everything an attempt starts."""
         return f"{self.runner}:{name}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShimSettings(Place):
+    """What goes into every spec beside the plan."""
+
+    epoch: int
+    """Rises with every daemon: the newest controller of a shim wins."""
+    umask: int
+    segment_bytes: int
+    spool_bytes: int
+    floor_bytes: int = 0
+    """A spool stops growing when its file system has less free than this."""
+
+
 def spec_of(settings: ShimSettings, plan: AttemptPlan, cwd: str) -> dict[str, Any]:
     """The spec of an attempt that runs in `cwd`."""
     execution = {"LOCAL_RUNNER_EXECUTION_ID": plan.attempt.execution_id}
+    leaf = settings.leaf(plan.attempt.name)
     return {
         **_common(settings, plan.attempt.name, plan.argv, cwd, {**plan.env, **execution}),
         "cmd_id": plan.cmd_id,
         "secret_names": sorted(plan.secrets),
         "timeout_ms": plan.timeout_ms,
         "grace_ms": plan.grace_ms,
+        "execution": plan.attempt.execution_id,
+        "token": plan.token,
+        "outlive": list(plan.outlive),
+        "cgroup": None if leaf is None else str(leaf),
+        "fail": failpoints.for_shim() or None,
     }
 
 
@@ -96,15 +121,52 @@ def _common(settings: ShimSettings, name: str, argv: Sequence[str], cwd: str, en
         "rlimits": {str(number): list(limits) for number, limits in _RLIMITS.items()},
         "segment_bytes": settings.segment_bytes,
         "spool_bytes": settings.spool_bytes,
+        "floor_bytes": settings.floor_bytes,
         "boot_id": settings.boot_id,
         "lease": None,
     }
 
 
+def raise_fence(state_dir: Path, execution_id: str, token: int) -> None:
+    """Make it durable that no attempt of the execution under a lower token starts any more. A fence is never lowered.
+
+    Raises:
+        Broken: what stands there is no fence; who could tell what it was meant to hold back.
+        OSError: the disk. Then the old fence stands.
+    """
+    directory = state_dir / FENCES_DIR
+    _make_durable_directory(directory)
+    path = directory / execution_id
+    standing = _fence(path)
+    if standing is not None and standing >= token:
+        return
+    prepared = path.with_name(f".{path.name}")
+    try:
+        _write_new(prepared, b"%d\n" % token, exclusive=False)
+        os.replace(prepared, path)
+    except OSError:
+        prepared.unlink(missing_ok=True)
+        raise
+    _sync_directory(directory)
+    failpoints.hit("fence.raised")
+
+
+def _fence(path: Path) -> int | None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    with open(fd, "rb") as file:
+        content = file.read(FENCE_BYTES_MAX + 1)
+    if len(content) > FENCE_BYTES_MAX or content[-1:] != b"\n" or not content[:-1].isdigit():
+        raise Broken(Reason.INFRA, f"{path} is no fence; remove it when no attempt of the execution lives")
+    return int(content)
+
+
 def lay_out(path: Path, spec: dict[str, Any], roots: Sequence[str]) -> int:
     """Judge the working directory as it really is, make the directory and its durable spec; returns the open directory.
 
-    Raises:
+    Raises, and then leaves nothing behind:
         Refused: CWD_OUTSIDE_ROOTS, CWD_MISSING, or DUPLICATE_ATTEMPT when the directory is there.
         OSError: the disk.
     """
@@ -113,14 +175,44 @@ def lay_out(path: Path, spec: dict[str, Any], roots: Sequence[str]) -> int:
         path.mkdir(mode=0o700)
     except FileExistsError as exc:
         raise Refused(Reason.DUPLICATE_ATTEMPT, "its directory is there already") from exc
-    failpoints.hit("attempt.dir_made")
-    fd = os.open(path / "spec.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        os.write(fd, json.dumps(spec).encode("utf-8"))
+        failpoints.hit("attempt.dir_made")
+        _write_new(path / "spec.json", json.dumps(spec).encode("utf-8"))
+        failpoints.hit("attempt.spec_written")
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (OSError, RunnerError):
+        # Nobody was told of it yet: a half-made one would be taken for an attempt by the next daemon.
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _write_new(path: Path, content: bytes, *, exclusive: bool = True) -> None:
+    """A durable file; its directory entry is the caller's to make durable. Raises OSError."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_EXCL if exclusive else os.O_TRUNC)
+    fd = os.open(path, flags, 0o600)
+    try:
+        written = os.write(fd, content)
+        if written != len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         os.fsync(fd)
     finally:
         os.close(fd)
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _make_durable_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700)
+    except FileExistsError:
+        return
+    _sync_directory(directory.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _judge_cwd(cwd: str, roots: Sequence[str]) -> None:
@@ -149,9 +241,14 @@ def exit_of(directory: Path) -> ExitRecord | None:
 
 
 def dial(directory: Path) -> socket.socket:
-    """Connect to the socket of an attempt, however long the path is. Raises OSError."""
+    """Connect to the socket of an attempt, however long the path is. Never waits.
+
+    Raises:
+        BlockingIOError: so many wait there that nobody seems to take them: it may be asked again.
+        OSError: nobody listens.
+    """
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         sock.connect(f"/proc/self/fd/{fd}/s")
     except OSError:
@@ -179,4 +276,14 @@ def expire(state_dir: Path, before_ms: int, living: Collection[str]) -> int:
                 continue
             shutil.rmtree(directory)
             removed += 1
+    _expire_fences(state_dir, before_ms)
     return removed
+
+
+def _expire_fences(state_dir: Path, before_ms: int) -> None:
+    """A fence is for shims of earlier attempts: when none of them has a directory any more, nobody reads it."""
+    executions = {directory.name.rpartition(".")[0] for directory in attempt_directories(state_dir)}
+    with contextlib.suppress(OSError), os.scandir(state_dir / FENCES_DIR) as entries:
+        for entry in entries:
+            if entry.name not in executions and entry.stat(follow_symlinks=False).st_mtime * 1000 < before_ms:
+                os.unlink(entry.path)

@@ -3,6 +3,7 @@
 What is read are claims of other processes: checked for form, shown, and never acted upon.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -20,6 +21,8 @@ FORMAT: Final = 1
 SPEC_BYTES_MAX: Final = 256 * 1024
 FILE_BYTES_MAX: Final = 64 * 1024
 """Both are bounds of the file format (docs/shim.md §1): a longer file is none of ours."""
+_OURS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Faults of who asks, which tell nothing of the file: taken for its absence, they would declare living attempts dead."""
 _NAME: Final = re.compile(r"(?P<execution>[A-Za-z0-9_-]{1,64})\.(?P<token>[1-9][0-9]{0,15})")
 _SEGMENT: Final = re.compile(r"([0-9a-f]{16})\.seg")
 _GIT_PREFIX: Final = "g-"
@@ -42,6 +45,14 @@ class AttemptFiles:
     """The boot its shim, or else the daemon that wrote its spec, lived in."""
     child_pid: int | None
     started_ms: int | None
+    shim: tuple[int, int] | None
+    """Pid and start time of its shim, in the boot that `meta.json` names."""
+    spec: bool
+    """Whether its spec is there and of our format."""
+    outlive: tuple[str, ...]
+    """Names of processes that may live on."""
+    cgroup: str | None
+    """Where its payload was to be."""
 
     @property
     def name(self) -> str:
@@ -69,23 +80,31 @@ def attempt_directories(state_dir: Path, *, tools: bool = False) -> list[Path]:
 
 
 def read_attempt(directory: Path) -> AttemptFiles:
-    """Read one attempt directory; whether it lives is asked first, so that an end seen with a dead shim is the end."""
+    """Read one attempt directory; whether it lives is asked first, so that an end seen with a dead shim is the end.
+
+    Raises OSError when this process may open no more files.
+    """
     alive = is_alive(directory)
-    ended = _object(directory / "exit.json", FILE_BYTES_MAX)
-    meta = _object(directory / "meta.json", FILE_BYTES_MAX) or {}
-    spec = _object(directory / "spec.json", SPEC_BYTES_MAX) or {}
-    argv, child, started_ns = spec.get("argv"), meta.get("child"), meta.get("started_ns")
+    ended = _object(f"{directory}/exit.json", FILE_BYTES_MAX)
+    meta = _object(f"{directory}/meta.json", FILE_BYTES_MAX) or {}
+    found_spec = _object(f"{directory}/spec.json", SPEC_BYTES_MAX)
+    spec = found_spec or {}
+    child, shim, started_ns = meta.get("child"), meta.get("shim"), meta.get("started_ns")
     return AttemptFiles(
         directory=directory,
         alive=alive,
         phase=_text(meta.get("phase")) or "none",
         exit=ended,
-        argv=tuple(_text(item) for item in argv) if isinstance(argv, list) else (),
+        argv=_texts(spec.get("argv")),
         cwd=_text(spec.get("cwd")),
         cookie=_text(spec.get("cookie")),
         boot_id=_text(meta.get("boot_id")) or _text(spec.get("boot_id")),
         child_pid=_count(child.get("pid")) if isinstance(child, dict) else None,
         started_ms=started_ns // 1_000_000 if isinstance(started_ns, int) else None,
+        shim=_identity(shim) if "boot_id" in meta else None,
+        spec=found_spec is not None,
+        outlive=_texts(spec.get("outlive")),
+        cgroup=_text(spec.get("cgroup")) or None,
     )
 
 
@@ -116,14 +135,13 @@ def segment_name(base: int) -> str:
 
 def is_alive(directory: Path) -> bool:
     """Whether a shim holds the lock of this directory; the probe holds it for a moment, for which a shim waits."""
-    return is_locked(directory / "lock")
+    return is_locked(f"{directory}/lock")
 
 
-def is_locked(path: Path) -> bool:
-    """Whether another process holds this lock file."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
+def is_locked(path: Path | str) -> bool:
+    """Whether another process holds this lock file. Raises OSError when it cannot be asked now."""
+    fd = _opened(path)
+    if fd is None:
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -144,13 +162,22 @@ def find_attempt(state_dir: Path, wanted: str) -> Path:
     return (exact or sorted(tries, key=lambda directory: int(directory.suffix[1:])))[-1]
 
 
-def _object(path: Path, size_max: int) -> dict[str, Any] | None:
+def _opened(path: Path | str) -> int | None:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as exc:
+        if exc.errno in _OURS:
+            raise
         return None
-    with open(fd, "rb") as file:
-        data = file.read(size_max + 1)
+
+
+def _object(path: Path | str, size_max: int) -> dict[str, Any] | None:
+    fd = _opened(path)
+    if fd is None:
+        return None
+    with open(fd, "rb", buffering=0) as file:
+        # One read takes a small file whole; a buffer would only be copied from.
+        data = file.read(size_max + 1) or b""
     try:
         found = json.loads(data) if len(data) <= size_max else None
     except (ValueError, RecursionError):
@@ -159,9 +186,20 @@ def _object(path: Path, size_max: int) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and type(found.get("v")) is int and found["v"] == FORMAT else None
 
 
+def _identity(process: object) -> tuple[int, int] | None:
+    if not isinstance(process, dict):
+        return None
+    pid, start = _count(process.get("pid")), _count(process.get("start"))
+    return None if pid is None or start is None else (pid, start)
+
+
+def _texts(values: object) -> tuple[str, ...]:
+    return tuple(_text(value) for value in values) if isinstance(values, list) else ()
+
+
 def _text(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
 def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and value > 0 else None
+    return value if type(value) is int and value > 0 else None

@@ -1,17 +1,19 @@
 """`exit.json` and the body of EXIT, read with suspicion: another process wrote them (docs/shim.md §1.3)."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from protocol.limits import DETAIL_CHARS_MAX, JSON_INT_MAX
-from runner.core.plans import ExitRecord
+from runner.core.plans import ExitRecord, ProcessLeft
 
 Count = Annotated[int, Field(ge=0, le=JSON_INT_MAX)]
 Nanos = Annotated[int, Field(ge=0, lt=2**63)]
 """Wall time; more than a double can hold, which is why it never crosses the protocol."""
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _NS_PER_MS = 1_000_000
+LEFT_MAX: Final = 32
+"""A shim tells of no more processes than these."""
 
 
 class _Part(BaseModel):
@@ -42,6 +44,15 @@ class _Swept(_Part):
     count: Count
 
 
+class _Left(_Part):
+    pid: Annotated[int, Field(ge=1, le=JSON_INT_MAX)]
+    start: Count
+    name: Annotated[str, Field(max_length=64)]
+    state: Annotated[str, Field(max_length=8)] = ""
+    wchan: Annotated[str, Field(max_length=64)] = ""
+    why: Annotated[str, Field(pattern=r"^[a-z_]{0,32}$")] = ""
+
+
 class _Log(_Part):
     end: Count
     segments: Count
@@ -66,6 +77,10 @@ class _Exit(_Part):
     drain: Annotated[str, Field(max_length=32)]
     swept: Annotated[list[_Swept], Field(max_length=256)]
     survivors: Count
+    tiers: Annotated[list[Annotated[str, Field(pattern=r"^[a-z_]{1,32}$")]], Field(max_length=8)] = []
+    remains: Annotated[list[_Left], Field(max_length=LEFT_MAX)] = []
+    outlived: Annotated[list[_Left], Field(max_length=LEFT_MAX)] = []
+    """The last three came later: a shim of an older runner does not tell them."""
     log: _Log
 
 
@@ -101,4 +116,11 @@ def parse_exit(attempt: str, found: dict[str, Any]) -> ExitRecord | None:
         survivors=told.survivors,
         boot_id=told.boot_id,
         unreleased=told.cause.kind == "unreleased",
+        tiers=tuple(told.tiers),
+        remains=tuple(_left(each) for each in told.remains),
+        outlived=tuple(_left(each) for each in told.outlived),
     )
+
+
+def _left(told: _Left) -> ProcessLeft:
+    return ProcessLeft(pid=told.pid, start=told.start, name=told.name, state=told.state, wchan=told.wchan, why=told.why)

@@ -2,8 +2,8 @@
 
 Theory of operation. `commit` puts its writes into a queue and waits. The thread takes everything that is there, does it in one
 transaction, and answers all of it in one call into the event loop: one hop each way, one fsync for as many callers as met.
-Space for a while of writing is made at start, in the file and in its write-ahead log, so that a full disk lets the daemon
-finish what it has begun to say.
+Space for a while of writing is kept, in the file and in its write-ahead log: made at start, and again when half of it is used. So a
+full disk lets the daemon finish what it has begun to say.
 
 Rule 1: an error is final. The call that met it and every later one raise JournalBroken, since what the disk holds is unknown.
 Rule 2: a read sees whatever was committed before it was asked for. Rule 3: a caller that is cancelled may have committed.
@@ -39,11 +39,14 @@ QUEUED_MAX: Final = 1024
 BATCH_MAX: Final = 256
 """Calls that share a transaction: bounds how long the first of them waits."""
 RESERVE_BYTES: Final = 4 * 1024 * 1024
-"""Made free in the file and in its log at start: several hundred receipts and settlements on a full disk."""
+"""Kept free in the file and in its log: several hundred settlements on a full disk, and never less than half as many."""
 RESERVE_ROOM: Final = 4
 """Reserves that must be free to make one: it is written to the log and to the file, and some is left for others."""
+RESERVE_AGAIN_S: Final = 60.0
+"""Where none could be made it is not tried again with every commit."""
 CHECKPOINT_PAGES: Final = 768
 """The write-ahead log is folded back at 3 MiB, so it stays within the space that was made for it."""
+_PAGE_BYTES: Final = 4096
 KEPT_MS: Final = 7 * 24 * 60 * 60 * 1000
 """Envelopes and answered reports: a control plane that comes back from a backup of this week gets them again."""
 PRUNE_ROWS: Final = 500
@@ -85,6 +88,7 @@ class SqliteJournal:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._broken: tuple[Reason, str] | None = None
         self._closing = False
+        self._reserve_after_s = 0.0
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -215,11 +219,20 @@ class SqliteJournal:
         if committing:
             self._guarded(lambda: _transact(db, committing))
             self._tell([(call.future, None) for call in committing], rooms=len(committing))
+            self._guarded(lambda: self._keep_reserve(db))
         for call in calls:
             if call.do is not None:
                 answer = self._guarded(partial(call.do, db))
                 self._tell([(call.future, answer)], rooms=1)
         return last
+
+    def _keep_reserve(self, db: sqlite3.Connection) -> None:
+        """Whoever waits is answered by now: this is between two turns."""
+        (free,) = db.execute("PRAGMA freelist_count").fetchone()
+        if free * _PAGE_BYTES >= RESERVE_BYTES // 2 or time.monotonic() < self._reserve_after_s:
+            return
+        if not _reserve(db, self._path, "PASSIVE"):
+            self._reserve_after_s = time.monotonic() + RESERVE_AGAIN_S
 
     def _guarded(self, do: Callable[[], T]) -> T | None:
         """Do it unless we are broken; any failure at all breaks us."""
@@ -290,7 +303,7 @@ def _open(path: Path) -> sqlite3.Connection:
         if found != ["ok"]:
             raise JournalBroken(Reason.INFRA, f"the journal is damaged: {'; '.join(found)}")
         migrate(db)
-        _reserve(db, path)
+        _reserve(db, path, "RESTART")
     except SchemaRefused as exc:
         db.close()
         raise JournalBroken(Reason.INFRA, str(exc)) from exc
@@ -315,24 +328,25 @@ def _make_file(path: Path) -> None:
         os.close(directory)
 
 
-def _reserve(db: sqlite3.Connection, path: Path) -> None:
-    """Write RESERVE_BYTES and free them: pages of the file, and length of its log, which is made anew at every start."""
-    # What a crash left: a log to fold back, for which a full disk may have no room, and a reserve that was not freed.
+def _reserve(db: sqlite3.Connection, path: Path, checkpoint: str) -> bool:
+    """Write RESERVE_BYTES and free them: pages of the file, and length of its log. False where there is no room for it."""
     try:
-        db.execute("PRAGMA wal_checkpoint(RESTART)")
+        # What a crash left: a log to fold back, for which a full disk may have no room, and a reserve that was not freed.
+        db.execute(f"PRAGMA wal_checkpoint({checkpoint})")
+        db.execute("DROP TABLE IF EXISTS reserve")
+        disk = os.statvfs(path)
+        if disk.f_bavail * disk.f_frsize < RESERVE_ROOM * RESERVE_BYTES:
+            # Nearly full already: the last bytes are better spent on sentences, and there may be pages of an earlier time.
+            return False
+        db.execute("CREATE TABLE reserve(block BLOB)")
+        db.execute("INSERT INTO reserve VALUES(zeroblob(?))", (RESERVE_BYTES,))
+        db.execute("DROP TABLE reserve")
+        db.execute(f"PRAGMA wal_checkpoint({checkpoint})")
     except sqlite3.Error as exc:
         if not _is_full(exc):
             raise
-        return
-    db.execute("DROP TABLE IF EXISTS reserve")
-    disk = os.statvfs(path)
-    if disk.f_bavail * disk.f_frsize < RESERVE_ROOM * RESERVE_BYTES:
-        # Nearly full already: the last bytes are better spent on sentences, and there may be pages of an earlier start.
-        return
-    db.execute("CREATE TABLE reserve(block BLOB)")
-    db.execute("INSERT INTO reserve VALUES(zeroblob(?))", (RESERVE_BYTES,))
-    db.execute("DROP TABLE reserve")
-    db.execute("PRAGMA wal_checkpoint(RESTART)")
+        return False
+    return True
 
 
 def measure_fsync(directory: Path) -> list[float]:

@@ -15,11 +15,13 @@ from protocol.ids import Attempt, CommandId, Digest, WorktreeId
 from protocol.lease import Lease, LeaseState
 from protocol.messages import ItemKind, ReportItem
 from protocol.replay import Mark
+from runner.adapters.journal_words import ABOUT, TOLD, attempt_words, event_words, subjects_of
 from runner.core.journaling import (
     AppendLeaf,
     AttemptRow,
     DropWorktree,
     Image,
+    PutAdmission,
     PutAnswered,
     PutAttempt,
     PutCommand,
@@ -32,7 +34,7 @@ from runner.core.journaling import (
     WorktreeRow,
     Write,
 )
-from runner.core.plans import CommandRow, ProcessIdentity, WorktreeMade
+from runner.core.plans import Admission, CommandRow, ProcessIdentity, WorktreeMade
 
 COMMANDS_REMEMBERED_MAX: Final = 20_000
 """Receipted commands that the image holds: a double of an older one is caught by its number."""
@@ -41,10 +43,10 @@ SETTLED_REMEMBERED_MAX: Final = 2_000
 
 _ATTEMPT_COLUMNS: Final = (
     "name, digest, cmd_id, state, shim_boot_id, shim_pid, shim_start, lease_res, lease_token, lease_ttl_ms, lease_on_loss,"
-    " lease_deadline_ms, lease_state, stop_by, stop_grace_ms, worktree_id, settled_seq"
+    " lease_deadline_ms, lease_state, lease_boot_id, stop_by, stop_grace_ms, worktree_id, settled_seq, fenced_by"
 )
 _PUT_ATTEMPT: Final = (
-    f"INSERT INTO attempt({_ATTEMPT_COLUMNS}, at_ms) VALUES({', '.join('?' * 18)}) ON CONFLICT(name) DO UPDATE SET "
+    f"INSERT INTO attempt({_ATTEMPT_COLUMNS}, at_ms) VALUES({', '.join('?' * 20)}) ON CONFLICT(name) DO UPDATE SET "
     + ", ".join(
         f"{column.strip()} = excluded.{column.strip()}" for column in f"{_ATTEMPT_COLUMNS}, at_ms".split(",")[1:]
     )
@@ -53,6 +55,9 @@ _LEAF: Final = "INSERT INTO leaf(at_ms, kind, subject, detail, policy_digest) VA
 _LEAF_OF_COMMAND: Final = (
     "INSERT INTO leaf(at_ms, kind, subject, detail, policy_digest)"
     " VALUES(?, ?, ?, ?, (SELECT policy_digest FROM command WHERE digest = ?))"
+)
+_LAST_OF_ATTEMPT: Final = (
+    "SELECT kind, detail FROM leaf WHERE subject = ? AND kind GLOB 'attempt.*' ORDER BY n DESC LIMIT 1"
 )
 
 
@@ -78,14 +83,14 @@ def apply(db: sqlite3.Connection, write: Write) -> None:
         case PutSettlement():
             _put_settlement(db, write)
         case PutEvent(item, at_ms):
-            _put_item(db, item, at_ms)
+            _put_event(db, item, at_ms)
         case PutTombstone(target, cmd_id, expires_ms):
             db.execute("INSERT OR REPLACE INTO tombstone VALUES(?, ?, ?)", (target, cmd_id, expires_ms))
         case PutWorktree(row):
             made = (row.made.path, row.made.head, row.made.branch) if row.made else (None, None, None)
             db.execute(
-                "INSERT OR REPLACE INTO worktree VALUES(?, ?, ?, ?, ?, ?)",
-                (row.worktree_id, row.digest, row.repo, *made),
+                "INSERT OR REPLACE INTO worktree VALUES(?, ?, ?, ?, ?, ?, ?)",
+                (row.worktree_id, row.digest, row.repo, *made, row.token),
             )
         case DropWorktree(worktree_id):
             db.execute("DELETE FROM worktree WHERE worktree_id = ?", (worktree_id,))
@@ -94,6 +99,9 @@ def apply(db: sqlite3.Connection, write: Write) -> None:
                 "UPDATE outbox SET answered_ms = ? WHERE out_seq = ? AND answered_ms IS NULL",
                 [(at_ms, out_seq) for out_seq in out_seqs],
             )
+        case PutAdmission(admission, deadline_ms, by, at_ms):
+            db.execute("INSERT OR REPLACE INTO admission VALUES(1, ?, ?)", (admission, deadline_ms))
+            db.execute(_LEAF, (at_ms, f"admission.{admission}", by, str(deadline_ms or ""), ""))
         case AppendLeaf(kind, subject, detail, policy_digest, at_ms):
             db.execute(_LEAF, (at_ms, kind, subject, detail, policy_digest))
         case _:
@@ -118,6 +126,8 @@ def _put_command(db: sqlite3.Connection, write: PutCommand) -> None:
     )
     detail = f"{row.cmd_id} {row.kind} {'-' if row.seq is None else row.seq}"
     db.execute(_LEAF, (write.at_ms, "command.received", row.digest, detail, row.policy_digest))
+    for subject in subjects_of(row.kind, row.envelope):
+        db.execute(_LEAF, (write.at_ms, ABOUT, subject, row.digest, row.policy_digest))
 
 
 def _put_receipt(db: sqlite3.Connection, write: PutReceipt) -> None:
@@ -137,7 +147,10 @@ def _put_receipt(db: sqlite3.Connection, write: PutReceipt) -> None:
 def _put_attempt(db: sqlite3.Connection, write: PutAttempt) -> None:
     row = write.row
     db.execute(_PUT_ATTEMPT, (*_attempt_columns(row), write.at_ms))
-    db.execute(_LEAF_OF_COMMAND, (write.at_ms, f"attempt.{row.state}", row.attempt.name, row.digest, row.digest))
+    name, leaf = row.attempt.name, (f"attempt.{row.state}", attempt_words(row))
+    # A lease that was renewed is no decision: a leaf for each would be most of the table.
+    if db.execute(_LAST_OF_ATTEMPT, (name,)).fetchone() != leaf:
+        db.execute(_LEAF_OF_COMMAND, (write.at_ms, leaf[0], name, leaf[1], row.digest))
 
 
 def _put_settlement(db: sqlite3.Connection, write: PutSettlement) -> None:
@@ -152,6 +165,12 @@ def _put_settlement(db: sqlite3.Connection, write: PutSettlement) -> None:
     _put_item(db, write.item, write.at_ms)
     body = digest_of(write.item.body.encode())
     db.execute(_LEAF_OF_COMMAND, (write.at_ms, "attempt.settled", name, body, found[0][0]))
+
+
+def _put_event(db: sqlite3.Connection, item: ReportItem, at_ms: int) -> None:
+    _put_item(db, item, at_ms)
+    if (told := event_words(item)) is not None:
+        db.execute(_LEAF, (at_ms, TOLD, *told, ""))
 
 
 def _put_item(db: sqlite3.Connection, item: ReportItem, at_ms: int) -> None:
@@ -174,14 +193,15 @@ def _attempt_columns(row: AttemptRow) -> tuple[str | int | None, ...]:
         row.state,
         *((shim.boot_id, shim.pid, shim.start) if shim else (None,) * 3),
         *(
-            (lease.res, lease.token, lease.ttl_ms, lease.on_loss, lease.deadline_ms, lease.state)
+            (lease.res, lease.token, lease.ttl_ms, lease.on_loss, lease.deadline_ms, lease.state, lease.boot_id)
             if lease
-            else (None,) * 6
+            else (None,) * 7
         ),
         row.stop_by,
         row.stop_grace_ms,
         row.worktree_id,
         row.settled_seq,
+        row.fenced_by,
     )
 
 
@@ -199,11 +219,17 @@ def read_image(db: sqlite3.Connection) -> Image:
         worktrees=[
             _worktree(row)
             for row in db.execute(
-                "SELECT worktree_id, digest, repo, path, head, branch FROM worktree ORDER BY worktree_id"
+                "SELECT worktree_id, digest, repo, path, head, branch, token FROM worktree ORDER BY worktree_id"
             )
         ],
         out_head=out_head,
+        **_admission(db),
     )
+
+
+def _admission(db: sqlite3.Connection) -> dict[str, Any]:
+    found = db.execute("SELECT state, deadline_ms FROM admission").fetchone()
+    return {} if found is None else {"admission": Admission(found[0]), "drain_deadline_ms": found[1]}
 
 
 def read_items(db: sqlite3.Connection, out_seqs: Sequence[int]) -> list[ReportItem]:
@@ -268,8 +294,8 @@ def _attempts(db: sqlite3.Connection) -> list[AttemptRow]:
 
 def _attempt(row: tuple[Any, ...]) -> AttemptRow:
     name, digest, cmd_id, state = row[:4]
-    shim, lease = row[4:7], row[7:13]
-    stop_by, stop_grace_ms, worktree_id, settled_seq = row[13:]
+    shim, lease = row[4:7], row[7:14]
+    stop_by, stop_grace_ms, worktree_id, settled_seq, fenced_by = row[14:]
     return AttemptRow(
         attempt=Attempt.parse(name),
         digest=Digest(digest),
@@ -281,10 +307,11 @@ def _attempt(row: tuple[Any, ...]) -> AttemptRow:
         stop_grace_ms=stop_grace_ms,
         worktree_id=None if worktree_id is None else WorktreeId(worktree_id),
         settled_seq=settled_seq,
+        fenced_by=fenced_by,
     )
 
 
-def _lease(res: str, token: int, ttl_ms: int, on_loss: str, deadline_ms: int, state: str) -> Lease:
+def _lease(res: str, token: int, ttl_ms: int, on_loss: str, deadline_ms: int, state: str, boot_id: str | None) -> Lease:
     return Lease(
         res=res,
         token=token,
@@ -292,13 +319,14 @@ def _lease(res: str, token: int, ttl_ms: int, on_loss: str, deadline_ms: int, st
         on_loss=OnLoss(on_loss),
         deadline_ms=deadline_ms,
         state=LeaseState(state),
+        boot_id=boot_id or "",
     )
 
 
 def _worktree(row: tuple[Any, ...]) -> WorktreeRow:
-    worktree_id, digest, repo, path, head, branch = row
+    worktree_id, digest, repo, path, head, branch, token = row
     made = None if path is None else WorktreeMade(path=path, head=head, branch=branch)
-    return WorktreeRow(worktree_id=WorktreeId(worktree_id), digest=Digest(digest), repo=repo, made=made)
+    return WorktreeRow(worktree_id=WorktreeId(worktree_id), digest=Digest(digest), repo=repo, made=made, token=token)
 
 
 def _item(row: tuple[Any, ...]) -> ReportItem:

@@ -85,6 +85,16 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         """CREATE TRIGGER leaf_stays BEFORE DELETE ON leaf
             BEGIN SELECT RAISE(ABORT, 'a leaf is never removed'); END""",
     ),
+    (
+        "ALTER TABLE attempt ADD COLUMN lease_boot_id TEXT",
+        "ALTER TABLE attempt ADD COLUMN fenced_by INTEGER",
+        "ALTER TABLE worktree ADD COLUMN token INTEGER NOT NULL DEFAULT 0",
+        """CREATE TABLE admission(
+            only INTEGER PRIMARY KEY CHECK(only = 1),
+            state TEXT NOT NULL,
+            deadline_ms INTEGER)""",
+        "CREATE INDEX leaf_subject ON leaf(subject)",
+    ),
 )
 SCHEMA_VERSION: Final = len(MIGRATIONS)
 

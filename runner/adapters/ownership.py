@@ -57,6 +57,8 @@ class Owner:
     """The commit that `base` named; where `branch` was made."""
     state: State
     created_ms: int
+    token: int = 0
+    """The highest fencing token that a command for it had; who has a lower one was superseded. 0: none had any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +144,8 @@ def _owner(found: Mapping[str, Any] | None) -> Owner | None:
     if found is None:
         return None
     try:
-        owner = _shaped(Owner, {**found, "state": State(str(found.get("state")))})
+        # Markers were written without a token before there were any.
+        owner = _shaped(Owner, {"token": 0, **found, "state": State(str(found.get("state")))})
     except ValueError:
         return None
     if owner is None or not is_id(owner.worktree_id) or not is_id(owner.cmd_id):

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 from protocol.commands import Kind
 from protocol.envelope import digest_of
-from protocol.limits import GRACE_MS_MAX, KIB
+from protocol.limits import GRACE_MS_MAX, KIB, MIB
 from runner.core.policy import Policy
 from runner.errors import ConfigError
 
@@ -28,6 +28,21 @@ CONCURRENT_MAX: Final = 4096
 GRACE_S_MAX: Final = GRACE_MS_MAX // 1000
 ITEMS_MAX: Final = 1024
 """Entries of one list."""
+DISK_FREE_MIB: Final = 2048
+DISK_FREE_PERCENT: Final = 5
+"""As much as file systems keep for root: below it they fragment and users are told that the disk is full."""
+INODES_FREE_PERCENT: Final = 5
+MEMORY_AVAILABLE_MIB: Final = 256
+"""Less, and the kernel begins to kill: what runs already, perhaps."""
+FDS_FREE: Final = 64
+"""An attempt takes the daemon about two, git and its locks a dozen."""
+MIB_MAX: Final = 1024 * 1024
+FDS_MAX: Final = 1024 * 1024
+PERCENT_MAX: Final = 99
+OUTLIVE_MAX: Final = 64
+"""Names that a shim's spec can hold."""
+ON_STOP: Final = ("leave", "drain", "stop")
+_PROGRAM: Final = re.compile(r"[A-Za-z0-9_.+@-]{1,64}")
 _ENV_PATTERN: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}\*?|\*")
 _MODE: Final = 0o600
 _WRITABLE_BY_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
@@ -66,19 +81,35 @@ def load_policy(path: Path, managed: Sequence[str]) -> tuple[Policy, str | None]
             env_deny=tuple(found["env.deny"]),
             concurrent_max=found["limits.concurrent"],
             grace_ms_max=found["limits.grace_s_max"] * 1000,
+            outlive=tuple(found["orphans.outlive"]),
+            on_daemon_stop=found["daemon.on_stop"],
+            disk_free_min=found["limits.disk_free_mib_min"] * MIB,
+            disk_free_percent_min=found["limits.disk_free_percent_min"],
+            inodes_free_percent_min=found["limits.inodes_free_percent_min"],
+            memory_available_min=found["limits.memory_available_mib_min"] * MIB,
+            fds_free_min=found["limits.fds_free_min"],
         ),
         None,
     )
 
 
-def write_default(path: Path, roots: Sequence[str]) -> None:
-    """Write a commented policy that admits every kind inside `roots`. Raises ConfigError where a file is there already."""
+def write_default(path: Path, roots: Sequence[str], *, minimums: bool = True) -> None:
+    """Write a commented policy that admits every kind inside `roots`. Raises ConfigError where a file is there already.
+
+    Without `minimums` nothing is refused for what the machine has left: for demos and tests, on machines that may be nearly full.
+    """
     try:
         text = _TEMPLATE.format(
             kinds=",\n".join(f"  {_quoted(kind)}" for kind in Kind),
             roots=", ".join(_quoted(root) for root in roots),
             concurrent=CONCURRENT,
             grace_s_max=GRACE_S_MAX,
+            disk_free_mib_min=DISK_FREE_MIB * minimums,
+            disk_free_percent_min=DISK_FREE_PERCENT * minimums,
+            inodes_free_percent_min=INODES_FREE_PERCENT * minimums,
+            memory_available_mib_min=MEMORY_AVAILABLE_MIB * minimums,
+            fds_free_min=FDS_FREE * minimums,
+            on_stop=_quoted(ON_STOP[0]),
         ).encode("utf-8")
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
@@ -152,9 +183,9 @@ def _value(name: str, key: _Key, given: Mapping[str, Any]) -> Any:
         raise _Problem(f"{name}: expected {key.expected}") from None
 
 
-def _list_of(parse: Callable[[str], str]) -> Callable[[Any], list[str]]:
+def _list_of(parse: Callable[[str], str], items_max: int = ITEMS_MAX) -> Callable[[Any], list[str]]:
     def parse_list(value: Any) -> list[str]:
-        if not isinstance(value, list) or len(value) > ITEMS_MAX or not all(isinstance(item, str) for item in value):
+        if not isinstance(value, list) or len(value) > items_max or not all(isinstance(item, str) for item in value):
             raise ValueError
         return [parse(item) for item in value]
 
@@ -187,14 +218,39 @@ def _env_pattern(text: str) -> str:
     return text
 
 
+def _program(text: str) -> str:
+    if not _PROGRAM.fullmatch(text):
+        raise ValueError
+    return text
+
+
+def _on_stop(value: Any) -> str:
+    if value not in ON_STOP:
+        raise ValueError
+    return str(value)
+
+
+def _whole(high: int, default: int, unit: str = "") -> _Key:
+    return _Key(_number(0, high), f"a whole number{unit} from 0 to {high}", default)
+
+
 _KEYS: Final[Mapping[str, _Key]] = MappingProxyType(
     {
         "commands.kinds": _Key(_list_of(_kind), f"a list of {', '.join(Kind)}", ()),
         "roots.managed": _Key(_list_of(_directory), "a list of absolute directories, or below ~", ()),
         "env.allow": _Key(_list_of(_env_pattern), "a list of names, or prefixes ending in *", ("*",)),
         "env.deny": _Key(_list_of(_env_pattern), "a list of names, or prefixes ending in *", ()),
-        "limits.concurrent": _Key(_number(0, CONCURRENT_MAX), f"a whole number from 0 to {CONCURRENT_MAX}", CONCURRENT),
+        "limits.concurrent": _whole(CONCURRENT_MAX, CONCURRENT),
         "limits.grace_s_max": _Key(_number(0, GRACE_S_MAX), f"whole seconds from 0 to {GRACE_S_MAX}", GRACE_S_MAX),
+        "limits.disk_free_mib_min": _whole(MIB_MAX, DISK_FREE_MIB, " of MiB"),
+        "limits.disk_free_percent_min": _whole(PERCENT_MAX, DISK_FREE_PERCENT),
+        "limits.inodes_free_percent_min": _whole(PERCENT_MAX, INODES_FREE_PERCENT),
+        "limits.memory_available_mib_min": _whole(MIB_MAX, MEMORY_AVAILABLE_MIB, " of MiB"),
+        "limits.fds_free_min": _whole(FDS_MAX, FDS_FREE),
+        "orphans.outlive": _Key(
+            _list_of(_program, OUTLIVE_MAX), f"a list of at most {OUTLIVE_MAX} names of programs, no paths", ()
+        ),
+        "daemon.on_stop": _Key(_on_stop, f"one of {', '.join(ON_STOP)}", ON_STOP[0]),
     }
 )
 _SECTIONS: Final = frozenset(name.partition(".")[0] for name in _KEYS)
@@ -235,4 +291,23 @@ deny = []
 concurrent = {concurrent}
 # The longest a command may ask to wait between TERM and KILL, in seconds.
 grace_s_max = {grace_s_max}
+# New executions and worktrees are refused, with a time to ask again, while this machine has less left; what runs is not
+# touched, and 0 never refuses. Of the disk under the state directory both count, whichever is more.
+disk_free_mib_min = {disk_free_mib_min}
+disk_free_percent_min = {disk_free_percent_min}
+inodes_free_percent_min = {inodes_free_percent_min}
+memory_available_mib_min = {memory_available_mib_min}
+# Descriptors that the daemon may still open.
+fds_free_min = {fds_free_min}
+
+[orphans]
+# Programs that may live on when the execution that started them has ended, with what they have started: build daemons,
+# for instance "gradle" or "watchman". A name as `ps -o comm` shows it, or the last part of a Java main class. Everything
+# else that an execution leaves behind is ended. Who lived on is named in the execution's settlement.
+outlive = []
+
+[daemon]
+# What becomes of running executions when the daemon is told to end: "leave" them running, the next daemon takes them up;
+# "drain": take nothing new and wait for them, as long as the service manager has patience, then leave; "stop" them.
+on_stop = {on_stop}
 """

@@ -5,12 +5,20 @@ import base64
 import json
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from runner.core.plans import LeaseAction, ProcessIdentity
 from runner.shim import wire
 
+STOPS_MAX: Final = 4
+"""Stops that are said again to a shim that may not have heard them: the first is the cause, the last the shortest grace."""
 _ACTIONS: Final = {LeaseAction.CONTINUE: 0, LeaseAction.FREEZE: 1, LeaseAction.STOP: 2}
+
+
+def lease_body(token: int, deadline_ms: int, action: LeaseAction, grace_ms: int | None) -> bytes:
+    """The body of LEASE and of RENEW."""
+    return wire.pack_lease(token, max(deadline_ms, 0), _ACTIONS[action], grace_ms)
 
 
 class ShimListener(Protocol):
@@ -53,9 +61,9 @@ class ShimLink(asyncio.Protocol):
         body = {name: base64.b64encode(value).decode("ascii") for name, value in secrets.items()}
         self._send(wire.pack(wire.RELEASE, json.dumps(body).encode("utf-8")))
 
-    def lease(self, token: int, deadline_ms: int, action: LeaseAction) -> None:
-        """Push a deadline (BOOTTIME)."""
-        self._send(wire.pack(wire.LEASE, wire.LEASE_BODY.pack(token, max(deadline_ms, 0), _ACTIONS[action])))
+    def lease(self, token: int, deadline_ms: int, action: LeaseAction, grace_ms: int | None) -> None:
+        """Push a deadline (BOOTTIME), and the grace of a stop at the loss; the shim takes the spec's where that is shorter."""
+        self._send(wire.pack(wire.LEASE, lease_body(token, deadline_ms, action, grace_ms)))
 
     def stop(self, grace_ms: int | None, by: str) -> None:
         """Begin the ladder."""
@@ -126,3 +134,24 @@ class ShimLink(asyncio.Protocol):
 def identity(boot_id: str, pid: int, start: int) -> ProcessIdentity:
     """A process as we remember it."""
     return ProcessIdentity(boot_id=boot_id, pid=pid, start=start)
+
+
+@dataclass(slots=True)
+class Words:
+    """What a shim must know and perhaps has not heard: said again on each new connection, which is harmless."""
+
+    lease: tuple[int, int, LeaseAction, int | None] | None = None
+    stops: list[tuple[int | None, str]] = field(default_factory=list)
+
+    def add_stop(self, grace_ms: int | None, by: str) -> None:
+        """One more stop; the same one counts once."""
+        if (grace_ms, by) not in self.stops:
+            self.stops.append((grace_ms, by))
+            del self.stops[1 : 1 - STOPS_MAX]
+
+    def say(self, link: ShimLink) -> None:
+        """Say all of it."""
+        if self.lease is not None:
+            link.lease(*self.lease)
+        for grace_ms, by in self.stops:
+            link.stop(grace_ms, by)

@@ -1,10 +1,11 @@
-"""Attempts on this machine and their shims (docs/shim.md).
+"""Attempts on this machine and their shims (docs/shim.md). What blocks goes to small pools of threads, the rest happens in the event loop.
 
-Blocking file work goes to a small pool of threads; everything else happens in the event loop.
+Theory of operation. Between the release and the end, a shim is spoken to over one connection. What is to be said while there is none
+waits for the next: the deadline that was said last, and stops. A connection that breaks before the end makes us ask the files; a
+shim that holds its lock and does not answer is told of (`ShimSilent`), and ended only on the engine's word.
 """
 
 import asyncio
-import contextlib
 import os
 import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,31 +17,29 @@ from typing import Any, Final, TypeVar
 from protocol.errors import Reason
 from protocol.ids import Attempt
 from runner import failpoints
-from runner.adapters.attemptdir import (
-    UNRELEASED_WAIT_S,
-    ShimSettings,
-    clear,
-    dial,
-    exit_of,
-    expire,
-    lay_out,
-    spec_of,
-    still_held,
-)
-from runner.adapters.attemptfiles import LOG_DIR, attempt_directories, read_attempt
+from runner.adapters.attemptdir import ShimSettings, clear, dial, expire, lay_out, raise_fence, spec_of
+from runner.adapters.attemptfiles import LOG_DIR, is_alive
 from runner.adapters.exitrecord import parse_exit
 from runner.adapters.forkserver import ForkServer
-from runner.adapters.shimlink import ShimLink, identity
-from runner.adapters.sweeper import end_remains
-from runner.core.inputs import AttemptExited, AttemptLost
-from runner.core.plans import AttemptPlan, ExitRecord, LeaseAction, Observed, Phase, ProcessIdentity, Swept
-from runner.errors import Broken
+from runner.adapters.remains import Remains, Stray
+from runner.adapters.shimlink import ShimLink, Words, identity
+from runner.core.inputs import AttemptExited, AttemptLost, ShimSilent
+from runner.core.plans import AttemptPlan, ExitRecord, LeaseAction, Observed, Orphan, ProcessIdentity, Swept
+from runner.errors import Broken, RunnerError
 from runner.ports import ShimEvent
 
 WELCOME_TIMEOUT_S: Final = 10.0
 """A forked shim answers within milliseconds; a machine in deep swap gets this long."""
+ADOPT_TIMEOUT_S: Final = 5.0
+"""A living shim answers within milliseconds; the engine asks a silent one again."""
+DIAL_PAUSE_S: Final = 0.05
+"""Between two tries to connect to a shim whose backlog is full: it is stopped, or many of us were here before it."""
+CUTS_MAX: Final = 3
+"""Broken connections to one living shim that are made anew at once; after that, at the engine's pace."""
 FILE_THREADS: Final = 4
 """Threads for files of attempts: as many fsyncs as a disk merges well."""
+SWEEP_THREADS: Final = 2
+"""Threads for looking at processes: one may wait for a hung shim, and nothing else has to wait for it."""
 
 _T = TypeVar("_T")
 
@@ -63,17 +62,27 @@ class ShimAdapter:
     """Implements the port Shims."""
 
     settings: ShimSettings
+    outlive: Callable[[], Sequence[str]] = tuple
+    """Names of processes that the owner lets live on now; what a spec says goes first."""
     on_growth: Callable[[str, int], None] = lambda _attempt, _end: None
     """Called when the log of an attempt (by name) has grown to an offset."""
     on_loss: Callable[[str], None] = lambda _why: None
     """Called when the fork server had to be replaced."""
+    on_cut: Callable[[Attempt], None] = lambda _attempt: None
+    """Called when there is no connection and there should be one: it is to be adopted."""
     _server: ForkServer = field(init=False)
+    _remains: Remains = field(init=False)
     _held: dict[str, _Held] = field(default_factory=dict)
+    _words: dict[str, Words] = field(default_factory=dict)
+    _cuts: dict[str, int] = field(default_factory=dict)
+    _adopting: set[str] = field(default_factory=set)
     _hear: Callable[[ShimEvent], None] = lambda _event: None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(FILE_THREADS, "attempt-files"))
+    _sweepers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(SWEEP_THREADS, "attempt-sweeps"))
 
     def __post_init__(self) -> None:
         self._server = ForkServer(lambda why: self.on_loss(why))
+        self._remains = Remains(self.settings, self.outlive)
 
     # --- life ---------------------------------------------------------------------------------------------------
 
@@ -90,6 +99,7 @@ class ShimAdapter:
         self._held.clear()
         self._server.close()
         self._pool.shutdown(wait=False)
+        self._sweepers.shutdown(wait=False, cancel_futures=True)
 
     @property
     def server_pid(self) -> int | None:
@@ -108,8 +118,15 @@ class ShimAdapter:
         if again:
             await self.do(clear, self.settings.root / name)
         spec = spec_of(self.settings, plan, cwd)
+        if plan.token > 1:
+            await self.do(raise_fence, self.settings.state_dir, plan.attempt.execution_id, plan.token)
         directory = await self.do(lay_out, self.settings.root / name, spec, plan.roots)
-        return await self._start(name, directory, ())
+        try:
+            return await self._start(name, directory, ())
+        except RunnerError:
+            # Its barrier is closed: what is left of it would be taken for an attempt by the next daemon.
+            await self.remove(plan.attempt)
+            raise
 
     async def release(self, attempt: Attempt, secrets: Mapping[str, bytes]) -> None:
         """See the port."""
@@ -122,10 +139,8 @@ class ShimAdapter:
 
     async def abandon(self, attempt: Attempt) -> None:
         """See the port."""
-        held = self._held.get(attempt.name)
-        if held is not None:
-            held.abandoned = True
-            held.link.close()
+        self._words.pop(attempt.name, None)
+        self._drop(attempt.name)
         await self.remove(attempt)
 
     async def remove(self, attempt: Attempt) -> None:
@@ -181,6 +196,8 @@ class ShimAdapter:
             return
         record = parse_exit(link.attempt, found)
         held.heard = record is not None
+        if record is not None:
+            self._remains.watch(link.attempt, record)
         if held.tool_exit is not None:
             if not held.tool_exit.done():
                 held.tool_exit.set_result(record)
@@ -208,42 +225,50 @@ class ShimAdapter:
 
     def _investigate(self, name: str) -> None:
         """A shim closed its connection before it told of an end. Ask its files, in a thread; the answer is heard."""
-        loop = asyncio.get_running_loop()
-        asking = loop.run_in_executor(self._pool, self._end_by_files, name)
+        asking = asyncio.get_running_loop().run_in_executor(self._sweepers, self._remains.end_by_files, name)
 
-        def answered(done: "asyncio.Future[ShimEvent | None]") -> None:
-            if not done.cancelled() and done.exception() is None and (event := done.result()) is not None:
-                self._hear(event)
+        def answered(done: "asyncio.Future[AttemptExited | AttemptLost | None]") -> None:
+            if not done.cancelled():
+                self._found_out(Attempt.parse(name), None if done.exception() else done.result())
 
         asking.add_done_callback(answered)
 
-    def _end_by_files(self, name: str) -> ShimEvent | None:
-        """The end of an attempt whose shim we lost; None when it lives on under another controller. In a thread."""
-        directory = self.settings.root / name
-        attempt = Attempt.parse(name)
-        if still_held(directory, UNRELEASED_WAIT_S):
-            return None
-        record = exit_of(directory)
-        if record is not None:
-            return AttemptExited(attempt, record)
-        return AttemptLost(attempt, Reason.SHIM_LOST, self._end_remains(name))
+    def _found_out(self, attempt: Attempt, end: AttemptExited | AttemptLost | None) -> None:
+        if end is not None:
+            self._hear(end)
+            return
+        # It lives: connect again, unless that never lasts.
+        self._cuts[attempt.name] = self._cuts.get(attempt.name, 0) + 1
+        if self._cuts[attempt.name] > CUTS_MAX:
+            self._hear(ShimSilent(attempt))
+        else:
+            self.on_cut(attempt)
 
     # --- a living attempt ---------------------------------------------------------------------------------------
 
     def stop(self, attempt: Attempt, grace_ms: int | None, by: str) -> None:
         """See the port."""
+        self._words.setdefault(attempt.name, Words()).add_stop(grace_ms, by)
         held = self._held.get(attempt.name)
         if held is not None:
             held.link.stop(grace_ms, by)
+        else:
+            # It may have been silent for a while only: a stop is worth asking again.
+            self.on_cut(attempt)
 
-    def lease(self, attempt: Attempt, token: int, deadline_ms: int, action: LeaseAction) -> None:
+    def lease(
+        self, attempt: Attempt, token: int, deadline_ms: int, action: LeaseAction, grace_ms: int | None = None
+    ) -> None:
         """See the port."""
+        self._words.setdefault(attempt.name, Words()).lease = (token, deadline_ms, action, grace_ms)
         held = self._held.get(attempt.name)
         if held is not None:
-            held.link.lease(token, deadline_ms, action)
+            held.link.lease(token, deadline_ms, action, grace_ms)
 
     def collect(self, attempt: Attempt) -> None:
         """See the port."""
+        self._words.pop(attempt.name, None)
+        self._cuts.pop(attempt.name, None)
         held = self._held.get(attempt.name)
         if held is not None:
             held.settled = True
@@ -272,54 +297,75 @@ class ShimAdapter:
 
     async def observe(self) -> list[Observed]:
         """See the port."""
-        return await self.do(self._observe)
+        return await self._swept_by(self._remains.observe)
 
-    def _observe(self) -> list[Observed]:
-        found = []
-        for directory in attempt_directories(self.settings.state_dir):
-            with contextlib.suppress(ValueError):
-                found.append(self._look_at(directory, Attempt.parse(directory.name)))
-        return found
-
-    def _look_at(self, directory: Path, attempt: Attempt) -> Observed:
-        seen = read_attempt(directory)
-        if seen.alive and seen.phase in ("none", "ready"):
-            # Its daemon is dead, so it is on its way out; what it leaves is what counts.
-            still_held(directory, UNRELEASED_WAIT_S)
-            seen = read_attempt(directory)
-        return Observed(
-            attempt=attempt,
-            same_boot=seen.boot_id == self.settings.boot_id,
-            phase=Phase(seen.phase) if seen.phase in Phase.__members__.values() else Phase.NONE,
-            lock_held=seen.alive,
-            exit=None if seen.exit is None else parse_exit(attempt.name, seen.exit),
-        )
-
-    async def adopt(self, attempt: Attempt) -> None:
+    async def adopt(self, attempt: Attempt) -> bool:
         """See the port."""
         name = attempt.name
+        connected = self._held.get(name)
+        if name in self._adopting or (connected is not None and not connected.abandoned):
+            return False
+        held: _Held | None = None
+        self._adopting.add(name)
         try:
-            sock = await self.do(dial, self.settings.root / name)
+            async with asyncio.timeout(ADOPT_TIMEOUT_S):
+                held = await self._connect(name, await self._dialled(name))
+                held.link.hello(self.settings.epoch)
+                self._words.setdefault(name, Words()).say(held.link)
+                await asyncio.shield(held.welcomed)
+                return True
+        except TimeoutError:
+            if held is not None:
+                self._drop(name)
+            if is_alive(self.settings.root / name):
+                self._hear(ShimSilent(attempt))
+                return False
         except OSError:
-            self._investigate(name)
-            return
-        held = await self._connect(name, sock)
-        held.link.hello(self.settings.epoch)
-        with contextlib.suppress(TimeoutError, ConnectionError):
-            await asyncio.wait_for(asyncio.shield(held.welcomed), WELCOME_TIMEOUT_S)
-            return
-        if self._held.get(name) is held:
-            del self._held[name]
-        held.link.close()
+            pass
+        finally:
+            self._adopting.discard(name)
         self._investigate(name)
+        return False
 
-    async def sweep(self, attempt: Attempt) -> Swept:
+    async def _dialled(self, name: str) -> socket.socket:
+        """A connection to the shim of an attempt, as soon as there is room for one. Raises OSError."""
+        while True:
+            try:
+                return dial(self.settings.root / name)
+            except BlockingIOError:
+                await asyncio.sleep(DIAL_PAUSE_S)
+
+    def _drop(self, name: str) -> None:
+        """Whatever its shim still says is not heard any more."""
+        held = self._held.get(name)
+        if held is not None:
+            held.abandoned = True
+            held.link.close()
+
+    async def end_hung(self, attempt: Attempt, shim: ProcessIdentity | None) -> ShimEvent:
         """See the port."""
-        return await self.do(self._end_remains, attempt.name)
+        self._drop(attempt.name)
+        return await self._swept_by(self._remains.end_hung, attempt.name, shim)
 
-    def _end_remains(self, name: str) -> Swept:
-        seen = read_attempt(self.settings.root / name)
-        return end_remains(cookie=seen.cookie or self.settings.cookie(name))
+    async def lose(self, attempt: Attempt) -> ShimEvent:
+        """See the port."""
+        end = await self._swept_by(self._remains.end_by_files, attempt.name)
+        return ShimSilent(attempt) if end is None else end
+
+    async def sweep(self, name: str) -> Swept:
+        """See the port."""
+        return await self._swept_by(self._remains.sweep, name)
+
+    async def scan(self) -> tuple[Orphan, ...]:
+        """See the port."""
+        return await self._swept_by(self._remains.scan)
+
+    async def strays(self) -> list[Stray]:
+        """Every living process of ours, by attempt and tool: for the owner."""
+        return await self._swept_by(self._remains.strays)
+
+    async def _swept_by(self, work: Callable[..., _T], *args: Any) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._sweepers, work, *args)
 
     async def expire(self, before_ms: int, living: Collection[str]) -> int:
         """Remove directories of attempts that ended before `before_ms` (wall) and are durable at the plane."""

@@ -41,20 +41,25 @@ class ShimTools:
         """See the port."""
         settings, do = self.shims.settings, self.shims.do
         directory = settings.root / name
-        await self._await_earlier(directory, timeout_ms)
+        await self._await_earlier(name, directory, timeout_ms)
         spec = tool_spec(settings, name, argv, cwd, env, timeout_ms, TOOL_GRACE_MS)
         record = await self.shims.run_to_end(name, spec, locks)
+        if record is None:
+            # Its shim is gone, and what it ran may go on: not after the caller gives its locks back.
+            await self.shims.sweep(name)
         ended = await do(_tool_exit, directory, record)
         self.shims.let_go(name)
         await do(clear, directory)
         return ended
 
-    async def _await_earlier(self, directory: Path, timeout_ms: int) -> None:
+    async def _await_earlier(self, name: str, directory: Path, timeout_ms: int) -> None:
         """A tool that an earlier daemon started under this name is left to finish; its result is found in the world."""
         if not directory.exists():  # noqa: ASYNC240 - one stat of a local directory
             return
         if await self.shims.do(still_held, directory, timeout_ms / 1000):
             raise Broken(Reason.INFRA, "a tool of an earlier daemon does not end")
+        if await self.shims.do(exit_of, directory) is None:
+            await self.shims.sweep(name)
         await self.shims.do(clear, directory)
 
 

@@ -14,6 +14,7 @@ from protocol.errors import Reason, RemoteError
 from protocol.frames import data_header
 from protocol.limits import CHANNELS_MAX, DATA_SLICE_BYTES_MAX
 from protocol.messages import Ack, Gap, LogClosed, LogOpen, Resume
+from runner import failpoints
 from runner.adapters.attemptfiles import LOG_DIR
 from runner.adapters.spool import Hole, SpoolReader
 from runner.errors import Broken
@@ -26,7 +27,7 @@ UplinkMessage = LogOpen | Gap | LogClosed
 
 @dataclass(slots=True)
 class _Channel:
-    """One log. Offsets: `acked` ≤ `cursor` (sent) ≤ `credit`."""
+    """One log. Offsets: `acked` ≤ `cursor` ≤ `sent` ≤ `credit`."""
 
     name: str
     number: int
@@ -37,6 +38,8 @@ class _Channel:
     """Its shim knows that everything below is safe."""
     cursor: int | None = None
     """None until the plane said where to go on."""
+    sent: int = 0
+    """Furthest the cursor was on this connection: the most that an ack can be about."""
     credit: int = 0
     finished: bool = False
     """Nothing will be written any more."""
@@ -46,6 +49,16 @@ class _Channel:
     """Read to the end; a bell will tell of more."""
     failed: bool = False
     """It could not be read from where the plane wants it; the next `resume` tries again."""
+
+    def go_to(self, offset: int) -> None:
+        """Go on there, in whatever segment that is."""
+        self.cursor = offset
+        self.reader.close()
+
+    def passed(self, offset: int) -> None:
+        """Everything up to there was sent."""
+        self.cursor = offset
+        self.sent = max(self.sent, offset)
 
 
 class Uplink:
@@ -69,6 +82,8 @@ class Uplink:
         self._failed = failed
         self._channels: dict[str, _Channel] = {}
         self._numbers: dict[int, _Channel] = {}
+        self._freed: set[int] = set()
+        """Numbers of logs that are done, on this connection; the next logs get them."""
         self._turn: list[_Channel] = []
         self._control: list[UplinkMessage] = []
         self._connected = False
@@ -118,6 +133,7 @@ class Uplink:
     def connected(self) -> None:
         """A new session: every log is opened again, and the plane says from where."""
         self._connected = True
+        self._freed.clear()
         self._control.clear()
         self._turn.clear()
         for channel in self._channels.values():
@@ -139,14 +155,25 @@ class Uplink:
             # A word about a log that is done with.
             return
         if isinstance(message, Resume):
-            channel.cursor = message.offset
-            channel.credit = message.credit
+            if channel.cursor is None:
+                channel.sent, channel.credit = message.offset, message.credit
+            elif message.offset < channel.acked:
+                # One that comes late or twice: what lies there is safe, and may be gone from here.
+                return
+            channel.go_to(message.offset)
+            channel.credit = max(channel.credit, message.credit)
             channel.closed = False
             channel.failed = False
-        elif channel.cursor is None or message.offset > channel.cursor:
+        elif channel.cursor is None and message.channel in self._freed:
+            # A last word about the log that had this number before: of ours a `resume` tells first.
+            return
+        elif channel.cursor is None or message.offset > channel.sent:
             raise RemoteError(Reason.BAD_FRAME, "an ack for what was never sent")
         else:
             channel.credit = max(channel.credit, message.credit)
+            if message.offset > channel.cursor:
+                # A late `resume` had sent us back.
+                channel.go_to(message.offset)
         if message.offset > channel.acked:
             channel.acked = message.offset
         if channel.acked - channel.trimmed >= TRIM_STEP_BYTES:
@@ -215,10 +242,10 @@ class Uplink:
             return None
         if isinstance(found, Hole):
             self._control.append(Gap(channel=channel.number, start=found.start, end=found.end))
-            channel.cursor = found.end
+            channel.passed(found.end)
             self._schedule(channel)
             return None
-        channel.cursor = found.end
+        channel.passed(found.end)
         return b"".join((data_header(channel.number, found.offset), found.data))
 
     def _at_end(self, channel: _Channel) -> None:
@@ -236,9 +263,11 @@ class Uplink:
     def _done(self, channel: _Channel) -> None:
         """Durable at the plane to the last byte."""
         write_ack(channel.directory, channel.acked)
+        failpoints.hit("log.acked")
         channel.reader.close()
         del self._channels[channel.name]
         del self._numbers[channel.number]
+        self._freed.add(channel.number)
 
 
 def write_ack(directory: Path, offset: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
+import anyio
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from websockets.typing import Subprotocol
@@ -18,10 +19,11 @@ from runner.errors import Broken
 OPEN_TIMEOUT_S: Final = 10.0
 """TCP, TLS and the WebSocket handshake together."""
 CLOSE_TIMEOUT_S: Final = 2.0
-"""A peer that does not answer a close is dropped: nothing depends on its answer."""
-PING_INTERVAL_S: Final = 20.0
-PING_TIMEOUT_S: Final = 20.0
-"""A half-open connection is noticed within 40 s."""
+"""A peer that does not take or answer a close is dropped: nothing depends on its answer."""
+QUIET_S: Final = 12.0
+"""Nothing heard for this long: a sign of life is asked for. Longer than a beat, whose answer is one."""
+SIGN_S: Final = 12.0
+"""No sign for so long after it was asked for: nobody is there. With QUIET_S less than half a lease, so a lease outlives a dead line."""
 QUEUE_FRAMES: Final = (8, 2)
 """Frames received and not yet taken (high, low): beyond it the socket is not read."""
 WRITE_BYTES: Final = 64 * 1024
@@ -50,24 +52,61 @@ class PlaneConnection:
 
     def __init__(self, connection: ClientConnection) -> None:
         self._connection = connection
+        self._heard_s = anyio.current_time()
+        self._silent = False
 
     async def send(self, frame: str | bytes) -> None:
         """Send one frame; waits while the buffer is full. Raises ConnectionLost."""
         try:
             await self._connection.send(frame)
         except ConnectionClosed as exc:
-            raise _lost(exc) from exc
+            raise self._lost(exc) from exc
 
     async def receive(self) -> str | bytes:
         """The next frame. Raises ConnectionLost."""
         try:
-            return await self._connection.recv()
+            frame = await self._connection.recv()
         except ConnectionClosed as exc:
-            raise _lost(exc) from exc
+            raise self._lost(exc) from exc
+        self._heard_s = anyio.current_time()
+        return frame
 
-    async def close(self, code: CloseCode, reason: str) -> None:
-        """Close with a code that says why."""
-        await self._connection.close(code, reason)
+    async def watch(self) -> None:
+        """Break the connection when nothing is heard and nobody answers; ends when it is broken.
+
+        The library could do this with its pings, but it waits for room to send them, without a bound when nothing is taken any more;
+        and it wants the pong itself in time, whatever else is heard on a slow line.
+        """
+        while True:
+            quiet_s = anyio.current_time() - self._heard_s
+            if quiet_s < QUIET_S:
+                await anyio.sleep(QUIET_S - quiet_s)
+                continue
+            heard_s = self._heard_s
+            with anyio.move_on_after(SIGN_S):
+                try:
+                    await (await self._connection.ping())
+                except ConnectionClosed:
+                    return
+                self._heard_s = anyio.current_time()
+            if self._heard_s == heard_s:
+                self._silent = True
+                self._connection.transport.abort()
+                return
+
+    def abort(self) -> None:
+        """Break it at once and without a word: whoever was there is not any more."""
+        self._connection.transport.abort()
+
+    async def close(self, code: CloseCode = CloseCode.NORMAL, reason: str = "") -> None:
+        """Close with a code that says why; within CLOSE_TIMEOUT_S, whatever is still unsent."""
+        with anyio.move_on_after(CLOSE_TIMEOUT_S) as patience:
+            await self._connection.close(code, reason)
+        if patience.cancelled_caught:
+            self._connection.transport.abort()
+
+    def _lost(self, exc: ConnectionClosed) -> ConnectionLost:
+        return ConnectionLost(None, "the control plane fell silent") if self._silent else _lost(exc)
 
 
 @asynccontextmanager
@@ -83,20 +122,20 @@ async def dial(url: str, proxy: str | None) -> AsyncIterator[PlaneConnection]:
             write_limit=WRITE_BYTES,
             open_timeout=OPEN_TIMEOUT_S,
             close_timeout=CLOSE_TIMEOUT_S,
-            ping_interval=PING_INTERVAL_S,
-            ping_timeout=PING_TIMEOUT_S,
+            ping_interval=None,
             proxy=proxy,
             user_agent_header=None,
         )
     except (OSError, TimeoutError, InvalidHandshake, InvalidURI, ssl.SSLError) as exc:
         raise ConnectionLost(None, f"cannot connect: {_plain(exc)}") from exc
+    opened = PlaneConnection(connection)
     try:
         if connection.subprotocol != SUBPROTOCOL:
             raise ConnectionLost(CloseCode.UNSUPPORTED_VERSION, "the other side does not speak this protocol")
         _tune(connection)
-        yield PlaneConnection(connection)
+        yield opened
     finally:
-        await connection.close()
+        await opened.close()
 
 
 def _tune(connection: ClientConnection) -> None:

@@ -3,7 +3,7 @@
 import os
 import stat
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
@@ -14,7 +14,7 @@ import anyio.to_thread
 from protocol.errors import Reason
 from runner.adapters.git import ENVIRONMENT, WRITE_TIMEOUT_MS, Git
 from runner.adapters.locks import Locks
-from runner.adapters.ownership import Foreign, Owner, disk_errors
+from runner.adapters.ownership import Foreign, Owner, disk_errors, write_owner
 from runner.adapters.repositories import registration
 from runner.adapters.trash import Trash
 from runner.errors import Refused
@@ -64,6 +64,18 @@ class Ground:
         if isinstance(found, Foreign) or found.runner != self.runner:
             raise Refused(Reason.WORKTREE_FOREIGN, "its directory is there and carries no marker of this runner")
         return found
+
+    async def fence(self, owner: Owner, token: int) -> Owner:
+        """Let a command with this fencing token (0: it has none) at a worktree, and nobody below it from now on.
+
+        Under the worktree's lock. Raises Refused(FENCED).
+        """
+        if 0 < token < owner.token:
+            raise Refused(Reason.FENCED, "a later holder of its lease has been here")
+        if token > owner.token:
+            owner = replace(owner, token=token)
+            await self.do(write_owner, self.home / owner.worktree_id, owner)
+        return owner
 
 
 class Writing:

@@ -120,6 +120,7 @@ class Making:
             head=head,
             state=State.CREATING,
             created_ms=ground.clock.now().wall_ms,
+            token=plan.token,
         )
         await ground.do(self._put_in_place, owner)
         self._mine = owner

@@ -35,7 +35,7 @@ class Removing:
             return _gone(record)
         if found is None:
             raise Refused(Reason.WORKTREE_UNKNOWN, "there is no worktree of that id")
-        owner = ground.own(found)
+        owner = await ground.fence(ground.own(found), plan.token)
         async with ground.locks.repository(owner.git_dir) as repo_lock:
             removal = await self._judge(owner)
             await ground.do(write_removal, ground.records, removal)

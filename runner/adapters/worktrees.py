@@ -95,7 +95,7 @@ class GitWorktrees:
 
         Raises:
             Refused: BAD_ARGS, BRANCH_INVALID, BASE_NOT_FOUND, REPO_OUTSIDE_ROOTS, REPO_INVALID, REPO_HOSTILE, BRANCH_EXISTS,
-                WORKTREE_EXISTS or WORKTREE_FOREIGN. Nothing was changed.
+                WORKTREE_EXISTS, WORKTREE_FOREIGN or FENCED. Nothing was changed.
             Broken: GIT_FAILED, DISK_FULL, INFRA, or WORKTREE_BUSY when a lock was not to be had. It is undone, or `detail` says
                 what is not.
         """
@@ -115,7 +115,7 @@ class GitWorktrees:
         """Rename the worktree into the trash and drop its registration; its branch stays, its files go when there is time.
 
         Raises:
-            Refused: BAD_ARGS, WORKTREE_UNKNOWN, WORKTREE_FOREIGN, WORKTREE_BUSY (locked with git), WORKTREE_DIRTY, or REPO_HOSTILE
+            Refused: BAD_ARGS, WORKTREE_UNKNOWN, WORKTREE_FOREIGN, FENCED, WORKTREE_BUSY (locked with git), WORKTREE_DIRTY, or REPO_HOSTILE
                 when nobody may look whether it is dirty; the last two never with `force`. Nothing was changed.
             Broken: GIT_FAILED, DISK_FULL, INFRA, or WORKTREE_BUSY when a lock was not to be had.
         """
@@ -168,7 +168,7 @@ class GitWorktrees:
         found = await self._ground.do(look, self._ground.home / plan.worktree_id)
         if found is None:
             return None
-        owner = self._ground.own(found)
+        owner = await self._ground.fence(self._ground.own(found), plan.token)
         if owner.cmd_id != plan.cmd_id:
             raise Refused(Reason.WORKTREE_EXISTS, "another command made a worktree of that id")
         return owner

@@ -8,7 +8,7 @@ from protocol.text import show_age, show_size
 from runner.adapters.control_client import ControlUnavailable, call_control
 from runner.adapters.wallclock import wall_ms
 from runner.errors import Refused
-from runner.render import complain, print_table
+from runner.render import complain, print_table, show_admission
 from runner.verbs.options import CALL_TIMEOUT_S, ExitCode, settings_of, socket_of
 from terminal.options import DURATION, as_json
 from terminal.printing import print_json, shell_words
@@ -49,6 +49,8 @@ def ps(ctx: click.Context, everything: bool, as_json: bool) -> None:
         )
         if omitted := said.get("omitted"):
             click.echo(f"{omitted} older ones are left out", err=True)
+        if (admission := said.get("admission") or {}).get("state", "open") != "open":
+            click.echo(show_admission(admission), err=True)
 
 
 def _row(attempt: dict[str, Any], now_ms: int) -> tuple[str, ...]:

@@ -26,10 +26,11 @@ def doctor(ctx: click.Context, only: tuple[str, ...], as_json: bool) -> None:
     """
     from protocol.text import visible
     from runner.checks import CHECKS as OWN
+    from runner.daemon_checks import CHECKS as DAEMON
     from runner.doctor import Check, Scene, Verdict, examine
     from runner.machine_checks import CHECKS as MACHINE
 
-    known: tuple[Check, ...] = (*OWN, *MACHINE)
+    known: tuple[Check, ...] = (*OWN, *MACHINE, *DAEMON)
     unknown = [name for name in only if name not in {check.id for check in known}]
     if unknown:
         raise click.BadParameter(f"{unknown[0]}: there are {known[0].id} to {known[-1].id}", param_hint="--only")

@@ -38,6 +38,7 @@ class ExitCode(IntEnum):
     ANOTHER_DAEMON = 5
     UNREACHABLE = 6
     DOCTOR_WARNINGS = 8
+    ORPHANS = 8
     DOCTOR_FAILURES = 9
 
 

@@ -64,6 +64,13 @@ def show(ctx: click.Context, as_json: bool) -> None:
         "env_deny": list(known.env_deny),
         "concurrent_max": known.concurrent_max,
         "grace_ms_max": known.grace_ms_max,
+        "disk_free_min": known.disk_free_min,
+        "disk_free_percent_min": known.disk_free_percent_min,
+        "inodes_free_percent_min": known.inodes_free_percent_min,
+        "memory_available_min": known.memory_available_min,
+        "fds_free_min": known.fds_free_min,
+        "outlive": list(known.outlive),
+        "on_daemon_stop": known.on_daemon_stop,
     }
     if as_json:
         print_json(found)

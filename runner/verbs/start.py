@@ -11,7 +11,8 @@ from runner.verbs.options import ExitCode, settings_of
 def start(ctx: click.Context) -> None:
     """Run the daemon in the foreground.
 
-    It logs to stderr, and ends at SIGTERM or SIGINT; what it had started goes on, and the next daemon takes it up again.
+    It logs to stderr, and ends at SIGTERM or SIGINT; what it had started goes on, and the next daemon takes it up again,
+    unless the policy wants it drained or stopped ([daemon] on_stop). A second signal ends it at once.
     A service manager is told when it is ready (sd_notify).
 
     \b

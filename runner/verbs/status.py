@@ -6,7 +6,7 @@ import click
 
 from protocol.text import show_age, show_duration, show_size
 from runner.adapters.control_client import ControlUnavailable, call_control
-from runner.render import complain
+from runner.render import complain, show_admission
 from runner.verbs.options import CALL_TIMEOUT_S, ExitCode, settings_of, socket_of
 from terminal.options import as_json
 from terminal.printing import print_facts, print_json
@@ -48,7 +48,8 @@ def status(ctx: click.Context, as_json: bool) -> None:
 def _facts(said: dict[str, Any]) -> list[tuple[str, str]]:
     session, outbox, offset = said.get("session") or {}, said.get("outbox") or {}, said.get("clock_offset_ms")
     unanswered = outbox.get("unanswered", 0)
-    return [
+    room = said.get("headroom") or {}
+    facts = [
         ("runner", f"{said.get('name')} ({said.get('runner')}) of {said.get('org')}, incarnation {said.get('inc')}"),
         ("key", str(said.get("key_id"))),
         (
@@ -57,12 +58,18 @@ def _facts(said: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("session", _session(session)),
         ("clock", "unknown" if offset is None else f"{show_duration(offset)} from the control plane's"),
+        ("admission", show_admission(said.get("admission") or {})),
         ("attempts", f"{said.get('attempts')} living"),
         ("policy", str(said.get("policy_digest"))),
         ("keyset", f"version {said.get('keyset_version')}"),
-        ("reports", f"{unanswered} unanswered of {outbox.get('head')}" if unanswered else "all answered"),
+        ("reports", f"not all answered, {outbox.get('head')} in all" if unanswered else "all answered"),
         ("logs", f"{show_size(said.get('log_backlog_bytes') or 0)} not yet stored at the control plane"),
     ]
+    if room.get("short"):
+        facts.append(("headroom", f"new work is refused: {room['short']}, {room.get('detail')}"))
+    if survivors := said.get("survivors"):
+        facts.append(("survivors", f"{survivors} processes of ended attempts cannot be ended"))
+    return facts
 
 
 def _session(session: dict[str, Any]) -> str:

@@ -73,7 +73,7 @@ def test_every_value_tells_where_it_came_from(tmp_path: Path) -> None:
         "log_level": "LOCAL_RUNNER_LOG_LEVEL",
         "log_format": "--log-format",
         "git": file,
-        **dict.fromkeys(("proxy", "spool_bytes", "segment_bytes"), "default"),
+        **dict.fromkeys(("proxy", "spool_bytes", "segment_bytes", "cgroup", "floor_bytes"), "default"),
     }
     assert settings == load_settings({"config": file, "log_format": "json"}, variables)
     assert set(explain_settings({}, HOME)[1].values()) == {"default"}
@@ -86,6 +86,20 @@ def test_every_value_tells_where_it_came_from(tmp_path: Path) -> None:
     ]
     system = explain_settings({}, {"LOCAL_RUNNER_SYSTEM": "1", "XDG_RUNTIME_DIR": "/r", "XDG_STATE_HOME": "/s"})[1]
     assert set(system.values()) == {"default"}
+
+
+def test_tables_name_what_is_the_shims_and_the_spools(tmp_path: Path) -> None:
+    """Control groups: found, none, or below a directory; the floor of the disk in MiB. Variables have both words."""
+    found = load_settings({"config": written(tmp_path, "")}, HOME)
+    assert (found.cgroup, found.floor_bytes) == ("auto", 512 * 1024**2)
+    file = written(tmp_path, '[shim]\ncgroup = "/sys/fs/cgroup/mine"\n[spool]\nfloor_mib = 64\n')
+    found, sources = explain_settings({"config": file}, HOME)
+    assert (found.cgroup, found.floor_bytes) == ("/sys/fs/cgroup/mine", 64 * 1024**2)
+    assert sources["cgroup"] == sources["floor_bytes"] == file
+    variables = {**HOME, "LOCAL_RUNNER_SHIM_CGROUP": "off", "LOCAL_RUNNER_SPOOL_FLOOR_MIB": "0"}
+    found, sources = explain_settings({"config": file}, variables)
+    assert (found.cgroup, found.floor_bytes) == ("off", 0)
+    assert (sources["cgroup"], sources["floor_bytes"]) == ("LOCAL_RUNNER_SHIM_CGROUP", "LOCAL_RUNNER_SPOOL_FLOOR_MIB")
 
 
 def test_an_empty_runtime_directory_is_none() -> None:
@@ -130,6 +144,13 @@ def test_home_may_be_written_short(tmp_path: Path) -> None:
         ('git = "./git"', "git"),
         ("color = true", "color"),
         ("[log]\nlevel = 'info'", "log"),
+        ("shim = 1", "shim"),
+        ("[shim]\ncgroup = 'group'", "shim.cgroup"),
+        ("[shim]\ncgroups = 'off'", "shim.cgroups"),
+        ("[shim.cgroup]\npath = '/x'", "shim.cgroup"),
+        ('"shim.cgroup" = "off"', "shim.cgroup"),
+        ("[spool]\nfloor_mib = -1", "spool.floor_mib"),
+        ("cgroup = 'off'", "cgroup"),
         ("segment_bytes = 8388608\nspool_bytes = 4194304", "segment_bytes"),
         ("spool_bytes = ", ""),
         (b"\xff", ""),
@@ -169,13 +190,15 @@ def test_a_mistake_elsewhere_is_named(
 
 def test_variables_of_a_shim_and_of_tests_are_no_settings() -> None:
     """The CLI works inside an execution."""
-    variables = dict.fromkeys(("LOCAL_RUNNER_COOKIE", "LOCAL_RUNNER_ATTEMPT", "LOCAL_RUNNER_FAILPOINTS"), "x")
+    variables = dict.fromkeys(
+        ("LOCAL_RUNNER_COOKIE", "LOCAL_RUNNER_ATTEMPT", "LOCAL_RUNNER_FAILPOINTS", "LOCAL_RUNNER_DELEGATED"), "x"
+    )
     assert load_settings({}, {**HOME, **variables}) == load_settings({}, HOME)
 
 
 LINES = st.lists(
     st.tuples(
-        st.sampled_from([*Settings.__slots__, "other"]),
+        st.sampled_from([*Settings.__slots__, "other", "shim", "shim.cgroup", "spool.floor_mib", "[spool]\nfloor_mib"]),
         st.sampled_from(["1", "-1", "true", "1.5", '"x"', '"/x"', '"info"', "[]", "{}", '"', "'\\u0000'", "0xffff"]),
     ).map(" = ".join)
 ).map("\n".join)

@@ -17,15 +17,17 @@ import pytest
 from click.testing import CliRunner
 
 from protocol.identity import JoinString
-from runner import checks, machine_checks
+from runner import checks, daemon_checks, machine_checks
 from runner.adapters.control import ControlCall
 from runner.adapters.enrolment import MachineFacts, enroll
 from runner.adapters.keystore import Keystore
+from runner.adapters.policyfile import write_default
 from runner.cli import cli
 from runner.config import Settings
 from runner.core.inputs import Now
 from runner.doctor import Measured, Scene, Verdict, examine
 from runner.errors import ConfigError
+from runner.link import TWO_MACHINES
 from tests.support.attempts import AttemptDir
 from tests.support.control_plane import running
 from tests.unit.runner.planekeys import PlaneKeys
@@ -52,7 +54,7 @@ def scene(tmp_path: Path) -> Scene:
 
 def test_ids_are_unique_and_in_order() -> None:
     """Scripts name them."""
-    ids = [check.id for check in (*checks.CHECKS, *machine_checks.CHECKS)]
+    ids = [check.id for check in (*checks.CHECKS, *machine_checks.CHECKS, *daemon_checks.CHECKS)]
     assert ids == [f"R{number:03d}" for number in range(1, len(ids) + 1)]
 
 
@@ -171,18 +173,47 @@ def carrying(cookie: str) -> Iterator[int]:
         yield process.pid
 
 
+def enrolled(scene: Scene, runner: str) -> Scene:
+    """The same machine, as this runner."""
+    plane, keystore = PlaneKeys(), Keystore(scene.settings.state_dir / "identity")
+    mine, seal_seed = keystore.create_keys()
+    certificate = plane.certificate(mine, seal_seed, runner=runner)
+    keystore.keep_enrolment(plane.root, plane.keyset(), certificate, "ws://127.0.0.1:1/v1/runner")
+    return Scene(scene.found, environ=scene.environ)
+
+
 def test_attempts_and_processes_that_nobody_looks_after(scene: Scene) -> None:
-    """A lost attempt; a process whose attempt has ended. A living attempt's processes are no leftovers."""
+    """A lost attempt; a process whose attempt has ended. What a shim guards, and what the owner lets live on, are no leftovers."""
     assert checks.leftovers(scene).verdict is Verdict.OK
+    mine = f"rn_{os.getpid()}"
+    scene = enrolled(scene, mine)
     living = AttemptDir(scene.settings.state_dir, f"ex_{os.getpid()}a.1")
     ended = AttemptDir(scene.settings.state_dir, f"ex_{os.getpid()}b.1")
     ended.finish()
-    with living.held(), carrying(f"rn_1:{living.name}") as good, carrying(f"rn_1:{ended.name}") as bad:
+    with living.held(), carrying(f"{mine}:{living.name}") as good, carrying(f"{mine}:{ended.name}") as bad:
         found = checks.leftovers(scene)
-    assert found.verdict is Verdict.WARN and f"{bad} (rn_1:{ended.name})" in found.value
-    assert found.fix == f"kill {bad}"
-    assert str(good) not in found.value
+        assert found.verdict is Verdict.WARN and f"1 orphan: {ended.name} (pid {bad})" in found.value
+        assert found.fix == "runner orphans --kill"
+        assert str(good) not in found.value
+        ended.put("spec.json", {"argv": ["make"], "cwd": "/", "cookie": "", "outlive": [Path(sys.executable).name]})
+        assert checks.leftovers(scene).verdict is Verdict.OK
     assert living.name in checks.leftovers(scene).value
+
+
+def test_orphans_as_a_daemon_knows_them(scene: Scene) -> None:
+    """It has the journal, and knows whom it could not end."""
+    process = {"pid": 7, "name": "sh", "age_ms": 1, "tier": "cookie"}
+    told = [
+        {"attempt": f"ex_{n}.1", "state": state, "processes": [process]}
+        for n, state in enumerate(("guarded", "settled"))
+    ]
+
+    async def answer(call: ControlCall) -> dict[str, object]:
+        assert (call.verb, call.args) == ("orphans", {})
+        return {"attempts": told}
+
+    with answering(scene.settings.runtime_dir / "control.sock", answer):
+        assert checks.leftovers(scene).value == "1 orphan: ex_1.1 (pid 7)"
 
 
 def test_a_disk_that_is_nearly_full(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,3 +358,91 @@ async def test_a_control_plane_with_another_clock_or_none(
     assert ahead.verdict is Verdict.WARN and ahead.fix == "timedatectl set-ntp true"
     gone = await anyio.to_thread.run_sync(checks.control_plane, scene)
     assert gone.verdict is Verdict.FAIL and gone.fix.startswith("curl")
+
+
+@contextmanager
+def saying(scene: Scene, **said: object) -> Iterator[None]:
+    """A daemon that says this of itself."""
+
+    async def answer(_call: ControlCall) -> dict[str, object]:
+        return {**STATUS, **said}
+
+    with answering(scene.settings.runtime_dir / "control.sock", answer):
+        yield
+
+
+def test_without_a_daemon_there_is_nobody_to_ask(scene: Scene) -> None:
+    """But what the machine has left can be measured."""
+    skipped = (daemon_checks.admission, daemon_checks.control_groups, daemon_checks.conflict, daemon_checks.leases)
+    assert {check(scene).verdict for check in skipped} == {Verdict.SKIP}
+    write_default(scene.settings.policy_file, ["/"], minimums=False)
+    found = daemon_checks.headroom(scene)
+    assert found.verdict is Verdict.OK and "disk " in found.value and "descriptors" not in found.value
+    text = scene.settings.policy_file.read_text()
+    scene.settings.policy_file.write_text(text.replace("disk_free_mib_min = 0", "disk_free_mib_min = 1048576"))
+    found = daemon_checks.headroom(scene)
+    assert found.verdict is Verdict.WARN and "DISK_LOW" in found.value and found.fix.endswith("policy.toml")
+
+
+def test_a_machine_that_is_closed(scene: Scene) -> None:
+    """Paused, or draining: a warning, and how it is opened."""
+    with saying(scene, admission={"state": "open", "stops_in_ms": None}):
+        assert daemon_checks.admission(scene).verdict is Verdict.OK
+    for state in ("paused", "draining"):
+        with saying(scene, admission={"state": state, "stops_in_ms": None}):
+            found = daemon_checks.admission(scene)
+        assert (found.verdict, found.fix) == (Verdict.WARN, "runner resume") and state in found.value
+
+
+def test_a_daemon_with_too_few_descriptors(scene: Scene) -> None:
+    """It measures itself; its word counts."""
+    with saying(scene, headroom={"fds_free": 3, "short": "FDS_LOW", "detail": "3 descriptors are free, 64 are wanted"}):
+        found = daemon_checks.headroom(scene)
+    assert found.verdict is Verdict.WARN and "FDS_LOW, 3 descriptors" in found.value
+    with saying(scene, headroom={"fds_free": 300, "disk_free": 2**30, "short": None, "detail": ""}):
+        assert daemon_checks.headroom(scene).value.endswith("disk 1 GiB, descriptors 300")
+
+
+def test_the_ways_by_which_processes_are_found(scene: Scene, tmp_path: Path) -> None:
+    """Delegated; not delegated by an old unit; a group that cannot be used; off."""
+    with saying(scene, cgroups="/sys/fs/cgroup/x"):
+        assert (
+            daemon_checks.control_groups(scene).value == "by control groups below /sys/fs/cgroup/x, descendants, cookie"
+        )
+    with saying(scene, cgroups=None):
+        assert daemon_checks.control_groups(scene) == (Verdict.OK, "by descendants, cookie", "")
+        unit = tmp_path / ".config" / "systemd" / "user" / "runner.service"
+        unit.parent.mkdir(parents=True)
+        unit.write_text("[Service]\nKillMode=process\n")
+        found = daemon_checks.control_groups(scene)
+        assert found.verdict is Verdict.WARN and found.fix == "runner service install --user --now"
+        mine = Scene(replace(scene.settings, cgroup="/sys/fs/cgroup/mine"))
+        found = daemon_checks.control_groups(mine)
+        assert found.verdict is Verdict.WARN and "/sys/fs/cgroup/mine cannot be used" in found.value
+    assert daemon_checks.control_groups(Scene(replace(scene.settings, cgroup="off"))).verdict is Verdict.OK
+
+
+@pytest.mark.parametrize("reason", ["IDENTITY_CONFLICT: seen twice", f"closed: {TWO_MACHINES}"])
+def test_a_machine_that_is_there_twice(scene: Scene, reason: str) -> None:
+    """A copy of a disk, a restored snapshot: never silently down."""
+    with saying(scene, session={"state": "down", "reason": reason}):
+        found = daemon_checks.conflict(scene)
+    assert found.verdict is Verdict.FAIL and found.value == reason and "enroll --replace" in found.fix
+    with saying(scene):
+        assert daemon_checks.conflict(scene).verdict is Verdict.OK
+
+
+@pytest.mark.parametrize(
+    ("held", "lost", "late", "verdict", "said"),
+    [
+        (0, 0, 0, Verdict.OK, "none"),
+        (3, 0, 0, Verdict.OK, "3 held"),
+        (3, 0, 1, Verdict.WARN, "1 of 3 not renewed in time, the next is over in 4s"),
+        (1, 2, 0, Verdict.WARN, "2 lost, 1 held"),
+    ],
+)
+def test_leases_that_run_out(scene: Scene, held: int, lost: int, late: int, verdict: Verdict, said: str) -> None:
+    """Before they are lost, and after."""
+    with saying(scene, leases={"held": held, "lost": lost, "late": late, "soonest_ms": 4200}):
+        found = daemon_checks.leases(scene)
+    assert found.verdict is verdict and said in found.value

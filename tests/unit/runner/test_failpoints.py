@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -141,3 +142,33 @@ def test_any_text_arms_or_is_refused(text: str) -> None:
     except ConfigError as exc:
         refused = str(exc)
     assert refused.isprintable()
+
+
+def test_a_shim_is_told_its_points_by_the_daemon() -> None:
+    """Only the attempt that the count names gets them, under the names its spec knows."""
+    failpoints.arm("shim.spawned=2*kill;shim.exit_told=stop")
+    asked = [failpoints.for_shim() for _ in range(3)]
+    assert asked == [{"exit_told": "stop"}, {"exit_told": "stop", "spawned": "kill"}, {"exit_told": "stop"}]
+
+
+@pytest.mark.parametrize("action", ["exit(3)", "error(INFRA)", "delay(5)", "pause(/tmp/gate)"])
+def test_a_shim_takes_signals_only(action: str) -> None:
+    """It has no code for anything else, and would refuse its spec."""
+    with pytest.raises(ConfigError):
+        failpoints.arm(f"shim.ready={action}")
+
+
+def test_stop_holds_the_process_until_it_is_continued() -> None:
+    """As SIGSTOP from outside would; the code behind the point runs after CONT."""
+    environ = {**os.environ, failpoints.ENVIRONMENT: f"{POINT}=stop"}
+    code = f"from runner import failpoints; failpoints.hit({POINT!r}); print('alive')"
+    held = subprocess.Popen([sys.executable, "-c", code], env=environ, stdout=subprocess.PIPE, text=True)
+    try:
+        stopped = os.waitid(os.P_PID, held.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        held.send_signal(signal.SIGCONT)
+        out, _ = held.communicate(timeout=30)
+    finally:
+        held.kill()
+        held.wait()
+    assert stopped is not None and stopped.si_status == signal.SIGSTOP
+    assert (held.returncode, out) == (0, "alive\n")

@@ -4,6 +4,8 @@ import asyncio
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,17 +14,18 @@ from protocol.envelope import digest_of
 from protocol.errors import Reason
 from protocol.execution import AttemptState
 from protocol.ids import CommandId, WorktreeId
-from protocol.messages import ItemKind
+from protocol.messages import ItemKind, ReportItem
 from protocol.replay import Mark
 from runner import failpoints
 from runner.adapters import journal as journal_module
 from runner.adapters import journal_rows
-from runner.adapters.journal import KEPT_MS, PRUNE_ROWS, QUEUED_MAX, Pruned, SqliteJournal
-from runner.adapters.journal_schema import SCHEMA_VERSION
+from runner.adapters.journal import KEPT_MS, PRUNE_ROWS, QUEUED_MAX, RESERVE_BYTES, Pruned, SqliteJournal
+from runner.adapters.journal_schema import MIGRATIONS, SCHEMA_VERSION, migrate
 from runner.core.journaling import (
     AppendLeaf,
     DropWorktree,
     Image,
+    PutAdmission,
     PutAnswered,
     PutAttempt,
     PutCommand,
@@ -35,7 +38,7 @@ from runner.core.journaling import (
     WorktreeRow,
     Write,
 )
-from runner.core.plans import WorktreeMade
+from runner.core.plans import Admission, WorktreeMade
 from runner.errors import JournalBroken
 from tests.unit.runner.journalrows import LEASE, POLICY, SHIM, attempt, command, item, rows, settlement
 
@@ -109,7 +112,7 @@ async def test_decisions_leave_leaves_that_nobody_can_change(tmp_path: Path) -> 
     assert rows(path, "SELECT at_ms, kind, subject, detail, policy_digest FROM leaf ORDER BY n") == [
         (1, "command.received", digest, "cmd_1 execution.start 1", POLICY),
         (2, "command.receipted", digest, digest_of(b'{"n":1}'), POLICY),
-        (3, "attempt.intent", "ex_1.1", digest, POLICY),
+        (3, "attempt.intent", "ex_1.1", "command cmd_1", POLICY),
         (4, "attempt.settled", "ex_1.1", digest_of(b'{"n":2}'), POLICY),
         (5, "policy.loaded", "policy.toml", "", digest_of(b"")),
     ]
@@ -119,6 +122,107 @@ async def test_decisions_leave_leaves_that_nobody_can_change(tmp_path: Path) -> 
     ):
         with pytest.raises(sqlite3.IntegrityError, match="never"):
             rows(path, statement)
+
+
+def a_first_version(path: Path) -> None:
+    """A journal as the first version wrote it: an execution under a lease, a worktree, a report without an answer."""
+    first = [*MIGRATIONS[0], "CREATE TABLE migration(n INTEGER PRIMARY KEY)", "INSERT INTO migration VALUES(1)"]
+    rows_of = (
+        ("stream_mark", (1, 2, digest_of(b"2"))),
+        ("command", (1, digest_of(b"1"), "cmd_1", "execution.start", 1, b"envelope 1", POLICY, 10, 1)),
+        ("command", (2, digest_of(b"2"), "cmd_2", "execution.start", 2, b"envelope 2", POLICY, 10, None)),
+        (
+            "attempt",
+            (
+                *("ex_1.1", digest_of(b"1"), "cmd_1", "running", SHIM.boot_id, SHIM.pid, SHIM.start),
+                *(LEASE.res, LEASE.token, LEASE.ttl_ms, "stop", LEASE.deadline_ms, "lost"),
+                *(None, None, "wt_1", None, 11),
+            ),
+        ),
+        ("worktree", ("wt_1", POLICY, "/r", "/w/1", "a" * 40, "topic")),
+        ("outbox", (1, "receipt", '{"n":1}', 12, None)),
+        ("leaf", (1, 10, "command.received", digest_of(b"1"), "cmd_1 execution.start 1", POLICY)),
+    )
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        for statement in first:
+            db.execute(statement)
+        for table, values in rows_of:
+            db.execute(f"INSERT INTO {table} VALUES({', '.join('?' * len(values))})", values)
+
+
+async def test_a_journal_of_the_first_version_goes_on(tmp_path: Path) -> None:
+    """1. Opened, everything in it is there. 2. What the second version knows is written into it. 3. And is there, too."""
+    path = tmp_path / "journal.db"
+    a_first_version(path)
+    made = WorktreeMade(path="/w/1", head="a" * 40, branch="topic")
+    tree = WorktreeRow(worktree_id=WorktreeId("wt_1"), digest=POLICY, repo="/r", made=made)
+    known = attempt(1, state=AttemptState.RUNNING, shim=SHIM, lease=LEASE, worktree_id=WorktreeId("wt_1"))
+    async with SqliteJournal(path) as journal:
+        assert await journal.load() == Image(
+            marks={1: Mark(2, digest_of(b"2"))},
+            commands=[command(1, receipt_seq=1), command(2)],
+            attempts=[known],
+            tombstones={},
+            worktrees=[tree],
+            out_head=1,
+        )
+        assert await journal.oldest_unanswered() == 1
+        fenced = replace(known, fenced_by=2, lease=replace(LEASE, boot_id="b-2"), state=AttemptState.STOPPING)
+        await journal.commit(
+            [
+                PutAttempt(fenced, 20),
+                PutWorktree(replace(tree, token=4)),
+                PutAdmission(Admission.DRAINING, 99, "owner:0", 21),
+                PutSettlement(attempt(1).attempt, settlement(2), 22),
+            ]
+        )
+    async with SqliteJournal(path) as journal:
+        image = await journal.load()
+    assert image.attempts == [replace(fenced, state=AttemptState.SETTLED, settled_seq=2)]
+    assert (image.worktrees, image.out_head) == ([replace(tree, token=4)], 2)
+    assert (image.admission, image.drain_deadline_ms) == (Admission.DRAINING, 99)
+    assert rows(path, "SELECT n FROM migration") == [(number,) for number in range(1, SCHEMA_VERSION + 1)]
+
+
+async def test_a_migration_that_was_interrupted_is_done_as_a_whole(tmp_path: Path) -> None:
+    """The disk is full in the middle of it: the first version is there as it was, and the next start takes it on."""
+    path = tmp_path / "journal.db"
+    a_first_version(path)
+    before = rows(path, "SELECT sql FROM sqlite_schema ORDER BY name")
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.set_authorizer(lambda action, *_: sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_CREATE_INDEX else 0)
+        with pytest.raises(sqlite3.DatabaseError):
+            migrate(db)
+    assert rows(path, "SELECT sql FROM sqlite_schema ORDER BY name") == before
+    async with SqliteJournal(path) as journal:
+        assert (await journal.load()).out_head == 1
+
+
+async def test_the_reserve_is_made_again_when_half_of_it_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that has run for weeks has as much room for its last sentences as one that has just started; or, full, goes on."""
+    path = tmp_path / "journal.db"
+
+    def free() -> int:
+        (pages,) = rows(path, "PRAGMA freelist_count")[0]
+        return int(pages) * 4096
+
+    body = '{"n":"' + "x" * 100_000 + '"}'
+    numbers = iter(range(1, 10_000))
+    async with SqliteJournal(path) as journal:
+        least = free()
+        assert least > RESERVE_BYTES * 0.9
+        for _ in range(80):
+            event = ReportItem.model_construct(out_seq=next(numbers), kind=ItemKind.EVENT, body=body)
+            await journal.commit([PutEvent(event, 1)])
+            least = min(least, free())
+        assert RESERVE_BYTES * 0.4 < least < RESERVE_BYTES * 0.6
+        monkeypatch.setattr(journal_module, "RESERVE_ROOM", 2**60)
+        for _ in range(80):
+            event = ReportItem.model_construct(out_seq=next(numbers), kind=ItemKind.EVENT, body=body)
+            await journal.commit([PutEvent(event, 1)])
+        assert free() < RESERVE_BYTES * 0.1
 
 
 BEGUN = [PutCommand(command(1), 1), PutAttempt(attempt(1), 1), PutMark(1, Mark(5, POLICY))]

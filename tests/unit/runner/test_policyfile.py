@@ -3,6 +3,7 @@
 import os
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,15 @@ def test_a_whole_file_becomes_a_policy(tmp_path: Path) -> None:
         [limits]
         concurrent = 3
         grace_s_max = 7
+        disk_free_mib_min = 10
+        disk_free_percent_min = 1
+        inodes_free_percent_min = 2
+        memory_available_mib_min = 3
+        fds_free_min = 4
+        [orphans]
+        outlive = ["gradle", "GradleDaemon"]
+        [daemon]
+        on_stop = "drain"
     """
     policy, problem = load_policy(written(tmp_path, text), ["/managed"])
     assert problem is None
@@ -53,6 +63,13 @@ def test_a_whole_file_becomes_a_policy(tmp_path: Path) -> None:
         env_deny=("CI_SECRET",),
         concurrent_max=3,
         grace_ms_max=7000,
+        disk_free_min=10 * 1024**2,
+        disk_free_percent_min=1,
+        inodes_free_percent_min=2,
+        memory_available_min=3 * 1024**2,
+        fds_free_min=4,
+        outlive=("gradle", "GradleDaemon"),
+        on_daemon_stop="drain",
     )
 
 
@@ -61,7 +78,16 @@ def test_what_is_left_out_is_denied_or_has_its_default(tmp_path: Path) -> None:
     policy, problem = load_policy(written(tmp_path, "version = 1"), [])
     assert problem is None
     assert policy == Policy(
-        digest=digest_of(b"version = 1"), env_allow=("*",), concurrent_max=64, grace_ms_max=GRACE_MS_MAX
+        digest=digest_of(b"version = 1"),
+        env_allow=("*",),
+        concurrent_max=64,
+        grace_ms_max=GRACE_MS_MAX,
+        disk_free_min=2048 * 1024**2,
+        disk_free_percent_min=5,
+        inodes_free_percent_min=5,
+        memory_available_min=256 * 1024**2,
+        fds_free_min=64,
+        on_daemon_stop="leave",
     )
 
 
@@ -77,7 +103,7 @@ MISTAKES = {
     "version = 2": "version: expected 1",
     "version = true": "version: expected 1",
     "version = ": "expected TOML",
-    "version = 1\nkinds = []": "kinds: expected one of commands, env, limits, roots",
+    "version = 1\nkinds = []": "kinds: expected one of commands, daemon, env, limits, orphans",
     "version = 1\ncommands = 1": "commands: expected a table",
     "version = 1\n[commands]\nkind = []": "commands.kind: expected one of",
     'version = 1\n[commands]\nkinds = "execution.start"': "commands.kinds: expected a list",
@@ -89,6 +115,14 @@ MISTAKES = {
     "version = 1\n[limits]\nconcurrent = -1": "limits.concurrent: expected a whole number",
     "version = 1\n[limits]\ngrace_s_max = 301": "limits.grace_s_max: expected whole seconds from 0 to 300",
     "version = 1\n[limits]\ngrace_s_max = 1.0": "limits.grace_s_max: expected",
+    "version = 1\n[limits]\ndisk_free_mib_min = -1": "limits.disk_free_mib_min: expected a whole number of MiB from 0",
+    "version = 1\n[limits]\ndisk_free_percent_min = 100": "limits.disk_free_percent_min: expected a whole number from 0 to 99",
+    "version = 1\n[limits]\nmemory_available_mib_min = true": "limits.memory_available_mib_min: expected",
+    'version = 1\n[orphans]\noutlive = "gradle"': "orphans.outlive: expected a list of at most 64 names",
+    'version = 1\n[orphans]\noutlive = ["/usr/bin/gradle"]': "orphans.outlive: expected",
+    'version = 1\n[orphans]\noutlive = [""]': "orphans.outlive: expected",
+    'version = 1\n[daemon]\non_stop = "kill"': "daemon.on_stop: expected one of leave, drain, stop",
+    "version = 1\n[daemon]\non_stop = []": "daemon.on_stop: expected one of",
 }
 
 
@@ -144,6 +178,9 @@ def test_the_default_is_a_policy_that_admits_work_in_the_given_roots(tmp_path: P
     assert problem is None
     assert policy.kinds == frozenset(Kind)
     assert policy.roots == (str(tmp_path.resolve()),)
+    # What it spells out is what counts where nothing is said.
+    plain, _ = load_policy(written(tmp_path, "version = 1"), [])
+    assert policy == replace(plain, digest=policy.digest, kinds=policy.kinds, roots=policy.roots)
     before = path.read_bytes()
     with pytest.raises(ConfigError):
         write_default(path, [])

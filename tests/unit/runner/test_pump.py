@@ -11,11 +11,12 @@ import pytest
 from protocol.errors import Reason
 from protocol.replay import Mark
 from runner.core.effects import Effect, Note, Persist, PrepareAttempt, SendBeat
-from runner.core.inputs import EnvelopeReceived, Input, Now
+from runner.core.inputs import EnvelopeReceived, Input, Now, OwnerAdmission, Tick
 from runner.core.journaling import Write
+from runner.core.plans import Admission, Headroom
 from runner.errors import JournalBroken
-from runner.pump import INPUTS_MAX, Pump
-from tests.support.engine import World
+from runner.pump import HEADROOM_FRESH_MS, INPUTS_MAX, Pump
+from tests.support.engine import World, a_policy
 
 WAIT_S = 10.0
 GARBAGE = EnvelopeReceived(b"garbage")
@@ -94,12 +95,12 @@ class Stand:
                 await anyio.lowlevel.checkpoint()
 
 
-def a_stand(step_ms: int = 0, **over: Any) -> Stand:
+def a_stand(step_ms: int = 0, measure: Callable[[], Headroom] | None = None, **over: Any) -> Stand:
     """One that is not running yet; the disk is quick."""
     world = World(**over)
     disk, hands = Disk(world), Hands()
     disk.gate.set()
-    pump = Pump(world.engine, disk, Clock(world.now, step_ms), hands)  # type: ignore[arg-type]
+    pump = Pump(world.engine, disk, Clock(world.now, step_ms), hands, measure)  # type: ignore[arg-type]
     return Stand(world, disk, hands, pump)
 
 
@@ -190,3 +191,59 @@ async def test_a_reader_waits_while_too_much_is_waiting() -> None:
     async with running(stand.pump):
         with anyio.fail_after(WAIT_S):
             await stand.pump.room()
+
+
+async def test_commands_are_judged_by_what_the_machine_has_left_now() -> None:
+    """1. A start comes, and the disk is full: refused. 2. It was measured once for all commands of that moment. 3. There is room."""
+    measured = [Headroom(disk_free=1, disk_total=100), Headroom(disk_free=99, disk_total=100)]
+    stand = a_stand(HEADROOM_FRESH_MS // 2, lambda: measured.pop(0), policy=a_policy(disk_free_percent_min=5))
+
+    def begun() -> list[str]:
+        return [str(one.plan.attempt.execution_id) for one in stand.hands.done if isinstance(one, PrepareAttempt)]
+
+    def judged() -> int:
+        notes = [one for one in stand.hands.done if isinstance(one, Note)]
+        return sum(note.event in ("command.refused", "command.accepted") for note in notes) + len(begun())
+
+    async with running(stand.pump):
+        stand.put(EnvelopeReceived(stand.world.start("ex_1")), EnvelopeReceived(stand.world.start("ex_2")))
+        await stand.until(lambda: judged() == 2)
+        assert (len(measured), begun()) == (1, [])
+        stand.put(EnvelopeReceived(stand.world.start("ex_3")))
+        await stand.until(lambda: judged() == 3)
+        stand.put(EnvelopeReceived(stand.world.start("ex_4")))
+        await stand.until(lambda: judged() == 4)
+    assert (len(measured), begun()[-1]) == (0, "ex_4")
+
+
+async def test_what_is_no_command_needs_no_measurement() -> None:
+    """Nobody looks at the disk for the owner's word, or for a tick."""
+
+    def measure() -> Headroom:
+        raise AssertionError("nothing is to be measured")
+
+    stand = a_stand(measure=measure)
+    stand.put(Tick())
+    async with running(stand.pump):
+        with anyio.fail_after(WAIT_S):
+            await stand.pump.put_and_wait(OwnerAdmission(Admission.PAUSED, "owner:0"))
+
+
+async def test_the_owner_is_answered_when_the_word_is_durable() -> None:
+    """1. The machine is paused, and the disk is slow. 2. Nobody is told. 3. It is on the disk: now. Others' turns answer nobody."""
+    stand = a_stand()
+    stand.disk.gate = anyio.Event()
+    told: list[Admission] = []
+
+    async def pause() -> None:
+        await stand.pump.put_and_wait(OwnerAdmission(Admission.PAUSED, "owner:0"))
+        told.append(stand.world.engine.gate.admission)
+
+    async with running(stand.pump), anyio.create_task_group() as tasks:
+        tasks.start_soon(pause)
+        await stand.disk.waits.wait()
+        await stand.until(lambda: True)
+        assert not told and stand.world.engine.gate.admission is Admission.PAUSED
+        stand.disk.gate.set()
+        await stand.until(lambda: bool(told))
+    assert told == [Admission.PAUSED] and stand.disk.turns

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from runner.cli import cli
+from runner.ending import PATIENCE_S, REST_S
 from runner.errors import ConfigError
 from runner.service import settings_of_unit, unit_path, unit_text, write_unit
 
@@ -67,13 +68,16 @@ def test_the_unit_keeps_executions_alive(machine: Machine) -> None:
     wanted = {
         "Type": "notify",
         "KillMode": "process",
-        "Restart": "always",
+        "Restart": "on-failure",
         "RestartSec": "2",
+        "Delegate": "yes",
+        "Environment": "LOCAL_RUNNER_DELEGATED=1",
         "UMask": "0077",
         "OOMPolicy": "continue",
         "ExecStart": "/opt/runner start",
     }
     assert {key: found[key] for key in wanted} == wanted
+    assert float(found["TimeoutStopSec"]) == PATIENCE_S + REST_S
     assert "@" not in text
 
 
