@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from controlplane import verbs_execution, verbs_statement, verbs_worktree
+from controlplane import verbs_attempt, verbs_execution, verbs_statement, verbs_worktree
 from controlplane.reach import (
     DEFAULT_URL,
     ExitCode,
@@ -105,7 +105,6 @@ def serve(ctx: click.Context, db: str | None, listen: str, allow_remote: bool, l
       runner-control serve --db ./demo/plane.db --listen 127.0.0.1:0
     """
     from controlplane.errors import AnotherPlane, StartRefused
-    from controlplane.server import serve as run
 
     host, port = _address(listen)
     path = Path(db) if db else data_dir() / "control.db"
@@ -113,6 +112,8 @@ def serve(ctx: click.Context, db: str | None, listen: str, allow_remote: bool, l
     if log_format == "auto":
         log_format = "console" if sys.stderr.isatty() else "json"
     try:
+        from controlplane.server import serve as run  # failpoints that are armed wrongly refuse the start
+
         run(path.parent, path, host, port, allow_remote=allow_remote, log_format=log_format, announce=_announce)
     except AnotherPlane as exc:
         complain(str(exc), "runner-control runners   (it may be running already), or serve --db PATH elsewhere")
@@ -194,7 +195,7 @@ def _runner(one: dict[str, Any]) -> tuple[str, ...]:
     return (
         one["name"],
         one["id"],
-        _MARKS[one["online"]],
+        _MARKS[one["online"]] if one["admission"] in ("", "open") else one["admission"],
         moment(one["last_seen_ms"]),
         str(one["attempts"]),
         *known,
@@ -202,7 +203,7 @@ def _runner(one: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-for verb in (*verbs_execution.VERBS, verbs_worktree.worktree, *verbs_statement.VERBS):
+for verb in (*verbs_execution.VERBS, *verbs_attempt.VERBS, verbs_worktree.worktree, *verbs_statement.VERBS):
     cli.add_command(verb)
 
 

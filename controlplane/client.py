@@ -89,9 +89,9 @@ class PlaneClient:
         headers = {"Idempotency-Key": secrets.token_hex(16)}
         return self._send("POST", path, json=dict(body), headers=headers)
 
-    def log(self, execution_id: str, offset: int, *, follow: bool) -> Iterator[bytes]:
+    def log(self, execution_id: str, offset: int, *, follow: bool, attempt: int | None = None) -> Iterator[bytes]:
         """Pieces of the log from `offset` on, with `follow` until it is complete. Raises PlaneRefused or PlaneUnreachable."""
-        params = {"offset": offset, "follow": int(follow)}
+        params = {"offset": offset, "follow": int(follow)} | ({} if attempt is None else {"attempt": attempt})
         timeout = httpx.Timeout(TIMEOUT_S, read=SILENCE_S_MAX)
         try:
             with self._http.stream("GET", f"/executions/{execution_id}/log", params=params, timeout=timeout) as answer:

@@ -17,11 +17,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
+from controlplane import failpoints
 from controlplane.errors import StartRefused, StoreFailed
 from controlplane.limits import TRANSACTION_CLOSURES_MAX
 
 T = TypeVar("T")
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 _BUSY_S: Final = 5.0
 """A backup that reads the file may hold it for a moment."""
 _CACHE_KIB: Final = 8192
@@ -111,9 +112,11 @@ class Database:
             db.execute("BEGIN IMMEDIATE")
             for change in group:
                 _apply(db, change)
+            failpoints.hit("plane.before_commit")
             db.execute("COMMIT")
             self.commits += 1
-        except sqlite3.Error as exc:
+            failpoints.hit("plane.after_commit")
+        except (sqlite3.Error, StoreFailed) as exc:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             for change in group:
@@ -169,7 +172,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _migrate(db: sqlite3.Connection, path: Path) -> None:
-    """Make the tables in a new file. There is one version so far; a newer file is left alone."""
+    """Make the tables in a new file, bring an older one up to date step by step; a newer one is left alone."""
     try:
         version = cast(int, db.execute("PRAGMA user_version").fetchone()[0])
         if version > SCHEMA_VERSION:
@@ -179,7 +182,15 @@ def _migrate(db: sqlite3.Connection, path: Path) -> None:
         if db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
             raise StartRefused(f"{path} is damaged: restore it from a backup")
         if version == 0:
-            schema = (files("controlplane") / "schema.sql").read_text("utf-8")
-            db.executescript(f"BEGIN IMMEDIATE;\n{schema}\nPRAGMA user_version = {SCHEMA_VERSION};\nCOMMIT;")
+            _run(db, "schema.sql", SCHEMA_VERSION)
+        else:
+            for step in range(version, SCHEMA_VERSION):
+                _run(db, f"schema_{step}_to_{step + 1}.sql", step + 1)
     except sqlite3.Error as exc:
         raise StartRefused(f"{path} is not a database we can use ({type(exc).__name__})") from exc
+
+
+def _run(db: sqlite3.Connection, script: str, version: int) -> None:
+    """All of a script and the version it leads to, or nothing: whoever opens it closes it after an error."""
+    text = (files("controlplane") / script).read_text("utf-8")
+    db.executescript(f"BEGIN IMMEDIATE;\n{text}\nPRAGMA user_version = {version};\nCOMMIT;")

@@ -5,20 +5,21 @@ Reading is from committed rows; waiting is for an event, never a poll.
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final, TypeVar
 
 import anyio
 
-from controlplane import store, tables, views
-from controlplane.dispatcher import lease_resource
+from controlplane import attempts, store, tables, told, views
 from controlplane.errors import Fault, RequestRefused
 from controlplane.keys import Keys, token_hash
+from controlplane.leasing import lease_resource
 from controlplane.ledger import Ledger
-from controlplane.limits import INTENT_TTL_MS
 from controlplane.requests import (
     ExecutionRequest,
     JoinRequest,
     RemoveRequest,
+    RerunRequest,
     StopRequest,
     WorktreeRequest,
     fitting,
@@ -27,9 +28,9 @@ from controlplane.requests import (
 from controlplane.rows import (
     ExecutionRow,
     ExecutionState,
-    IntentRow,
-    IntentState,
     JoinTokenRow,
+    LogRow,
+    RunnerRow,
     WorktreeRow,
     WorktreeState,
 )
@@ -108,7 +109,7 @@ class Desk:
             res=lease_resource(attempt.execution_id), token=_FIRST_TOKEN, ttl_ms=LEASE_TTL_MS, on_loss=request.on_loss
         )
         args = start_of(request, runner.id, runner.seal_x, attempt)
-        intent = self._intent(runner.id, Kind.EXECUTION_START, attempt.execution_id, args, lease.dump())
+        intent = replace(ledger.intent(runner.id, Kind.EXECUTION_START, attempt.execution_id, args), lease=lease.dump())
         row = ExecutionRow(
             id=attempt.execution_id,
             runner_id=runner.id,
@@ -134,10 +135,12 @@ class Desk:
 
     async def ask_stop(self, execution_id: str, request: StopRequest, asked: Idempotency | None = None) -> Reply:
         """As `stop_execution`, under an Idempotency-Key; 200 when it was over already."""
+        if request.runner is not None or request.start_token is not None:
+            return await self._ask_attempt_stop(execution_id, request, asked)
         row = self._execution_row(execution_id)
         target = AttemptTarget(type="attempt", execution_id=row.id, start_token=row.start_token)
         args = ExecutionStop(target=target, grace_ms=request.grace_ms).dump()
-        intent = self._intent(row.runner_id, Kind.EXECUTION_STOP, row.id, args, None)
+        intent = self._ledger.intent(row.runner_id, Kind.EXECUTION_STOP, row.id, args)
 
         def stop(db: Db) -> int:
             before = tables.execution(db, execution_id)
@@ -145,6 +148,79 @@ class Desk:
             return 200 if before is not None and before.state.final else 202
 
         return await self._ask(row.runner_id, row.id, asked, stop, self._show_execution)
+
+    async def _ask_attempt_stop(self, execution_id: str, request: StopRequest, asked: Idempotency | None) -> Reply:
+        """Sign a stop of one attempt at one runner, whatever is known of it here."""
+        reader = self._ledger.db.reader
+        current = tables.execution(reader, execution_id)
+        named = tables.attempt(reader, execution_id, request.start_token) or current
+        if request.runner is not None:
+            runner = self._ledger.runner(request.runner)
+        elif named is not None:
+            runner = self._ledger.runners[named.runner_id]
+        else:
+            raise RequestRefused(Fault.UNKNOWN_EXECUTION, "no execution has this id: name the runner it lives at")
+        token = request.start_token or self._token_at(runner, execution_id, current)
+        attempt = Attempt(ExecutionId(execution_id), FencingToken(token))
+        if current is not None and current.attempt == attempt and (current.over or not current.state.final):
+            return await self.ask_stop(execution_id, StopRequest(grace_ms=request.grace_ms), asked)
+        cmd_id = ""
+
+        def stop(db: Db) -> int:
+            nonlocal cmd_id
+            cmd_id = attempts.stop(db, attempt, runner.id, self._ledger.intent, grace_ms=request.grace_ms)
+            return 202
+
+        def show(_db: Db, _execution_id: str) -> str:
+            return views.Stop(
+                id=execution_id,
+                runner=runner.id,
+                runner_name=runner.name,
+                start_token=attempt.start_token,
+                cmd_id=cmd_id,
+                state="stopping",
+            ).model_dump_json()
+
+        return await self._ask(runner.id, execution_id, asked, stop, show)
+
+    def _token_at(self, runner: RunnerRow, execution_id: str, current: ExecutionRow | None) -> int:
+        """Which attempt is meant: the one that the runner names and we do not know, else our own of it."""
+        session = self.switchboard.session_of(runner.id)
+        named = [Attempt.parse(name) for name in session.unknown] if session is not None else []
+        tokens = [attempt.start_token for attempt in named if attempt.execution_id == execution_id]
+        if not tokens and current is not None and current.runner_id == runner.id:
+            tokens = [current.attempt.start_token]
+        if len(tokens) != 1:
+            raise RequestRefused(Fault.UNKNOWN_ATTEMPT, "the runner names no attempt of it, or several: give its token")
+        return tokens[0]
+
+    async def ask_rerun(self, execution_id: str, request: RerunRequest, asked: Idempotency | None = None) -> Reply:
+        """Another attempt of an execution, on its runner or on another one. Raises RequestRefused."""
+        ledger, row = self._ledger, self._execution_row(execution_id)
+        runner = ledger.runner(request.runner or row.runner_id)
+        elsewhere: tuple[str, ...] = ()
+
+        def rerun(db: Db) -> int:
+            nonlocal elsewhere
+            _, elsewhere = attempts.rerun(db, execution_id, runner, request.secrets, ledger.intent)
+            return 202
+
+        reply = await self._ask(runner.id, execution_id, asked, rerun, self._show_execution)
+        for other in elsewhere:
+            await self.switchboard.dispatch(other)
+        return reply
+
+    async def rerun_execution(
+        self, execution_id: str, runner: str | None = None, secrets: dict[str, str] | None = None
+    ) -> views.Execution:
+        """As `ask_rerun`, for once."""
+        reply = await self.ask_rerun(execution_id, RerunRequest(runner=runner, secrets=secrets or {}))
+        return views.Execution.model_validate_json(reply.body)
+
+    def attempts(self, execution_id: str) -> list[views.Execution]:
+        """Every attempt of an execution, oldest first. Raises RequestRefused(UNKNOWN_EXECUTION)."""
+        self._execution_row(execution_id)
+        return [self._execution_view(row) for row in tables.attempts(self._ledger.db.reader, execution_id)]
 
     def execution(self, execution_id: str) -> views.Execution:
         """An execution as it is. Raises RequestRefused(UNKNOWN_EXECUTION)."""
@@ -171,7 +247,7 @@ class Desk:
         ledger, runner = self._ledger, self._ledger.runner(runner_ref)
         worktree_id = request.id or ledger.new_id("wt")
         create = WorktreeCreate(worktree_id=worktree_id, repo=request.repo, base=request.base, branch=request.branch)
-        intent = self._intent(runner.id, Kind.WORKTREE_CREATE, worktree_id, fitting(create.dump()), None)
+        intent = ledger.intent(runner.id, Kind.WORKTREE_CREATE, worktree_id, fitting(create.dump()))
         row = WorktreeRow(
             id=worktree_id,
             runner_id=runner.id,
@@ -198,7 +274,7 @@ class Desk:
         """As `remove_worktree`, under an Idempotency-Key."""
         row = self._worktree_row(worktree_id)
         args = WorktreeRemove(worktree_id=worktree_id, force=request.force).dump()
-        intent = self._intent(row.runner_id, Kind.WORKTREE_REMOVE, worktree_id, args, None)
+        intent = self._ledger.intent(row.runner_id, Kind.WORKTREE_REMOVE, worktree_id, args)
 
         def remove(db: Db) -> int:
             store.remove_worktree(db, worktree_id, intent)
@@ -247,6 +323,7 @@ class Desk:
         def settle(done: tuple[Reply, Sent]) -> None:
             self.switchboard.sent(runner_id, done[1])
             ledger.refresh((subject,))
+            ledger.hold(subject)
 
         writing = ledger.db.write(transact, settle)
         writing.add_done_callback(lambda _: self.switchboard.repay(runner_id, permit))
@@ -254,20 +331,6 @@ class Desk:
         # An older intent may have had the place; whatever still fits goes now.
         await self.switchboard.dispatch(runner_id)
         return reply
-
-    def _intent(self, runner_id: str, kind: Kind, subject: str, args: bytes, lease: bytes | None) -> IntentRow:
-        now_ms = self._ledger.clock()
-        return IntentRow(
-            cmd_id=self._ledger.new_id("cm"),
-            runner_id=runner_id,
-            kind=kind,
-            subject=subject,
-            args=args,
-            lease=lease,
-            state=IntentState.QUEUED,
-            created_ms=now_ms,
-            expires_ms=now_ms + INTENT_TTL_MS,
-        )
 
     async def _wait(self, about: str, timeout_s: float, read: Callable[[], Row]) -> Row:
         """What `read` gives once it is final, or when the time is over or the plane ends."""
@@ -286,6 +349,15 @@ class Desk:
             raise RequestRefused(Fault.UNKNOWN_EXECUTION, "no execution has this id")
         return row
 
+    def _attempt_row(self, execution_id: str, start_token: int | None) -> ExecutionRow:
+        """One attempt of an execution, without a token the current one."""
+        if start_token is None:
+            return self._execution_row(execution_id)
+        row = tables.attempt(self._ledger.db.reader, execution_id, start_token)
+        if row is None:
+            raise RequestRefused(Fault.UNKNOWN_ATTEMPT, "no attempt of it has this token")
+        return row
+
     def _worktree_row(self, worktree_id: str) -> WorktreeRow:
         row = tables.worktree(self._ledger.db.reader, worktree_id)
         if row is None:
@@ -293,20 +365,22 @@ class Desk:
         return row
 
     def _execution_view(self, row: ExecutionRow) -> views.Execution:
-        ledger = self._ledger
-        return views.execution_view(row, ledger.name_of(row.runner_id), ledger.logs.peek(row.attempt.name))
+        return self._shown(self._ledger.db.reader, row, self._ledger.logs.peek(row.attempt.name))
 
-    def _worktree_view(self, row: WorktreeRow) -> views.Worktree:
-        return views.worktree_view(row, self._ledger.name_of(row.runner_id))
+    def _shown(self, db: Db, row: ExecutionRow, log: LogRow | None) -> views.Execution:
+        return views.execution_view(row, self._ledger.name_of(row.runner_id), log, self.switchboard.waits(db, row))
+
+    def _worktree_view(self, row: WorktreeRow, db: Db | None = None) -> views.Worktree:
+        waits = self.switchboard.waits(db or self._ledger.db.reader, row)
+        return views.worktree_view(row, self._ledger.name_of(row.runner_id), waits)
 
     def _show_execution(self, db: Db, execution_id: str) -> str:
         """As it is inside the transaction, as JSON text."""
         row = tables.execution(db, execution_id)
         assert row is not None, "the transaction wrote or read it"
-        log = tables.log(db, row.attempt.name)
-        return views.execution_view(row, self._ledger.name_of(row.runner_id), log).model_dump_json()
+        return self._shown(db, row, told.log(db, row.attempt.name)).model_dump_json()
 
     def _show_worktree(self, db: Db, worktree_id: str) -> str:
         row = tables.worktree(db, worktree_id)
         assert row is not None, "the transaction wrote or read it"
-        return views.worktree_view(row, self._ledger.name_of(row.runner_id)).model_dump_json()
+        return self._worktree_view(row, db).model_dump_json()

@@ -1,4 +1,4 @@
-"""What the control plane concludes from what runners say: reconnections, receipts, settlements, beats. Pure.
+"""What the control plane concludes from what runners say: reconnections, receipts, settlements. Pure.
 
 Theory of operation. A user's request is an intent under one `cmd_id`. A receipt answers an intent, a settlement ends an attempt;
 both are kept as evidence whatever they say, and change a row only when it still waits for them.
@@ -9,11 +9,14 @@ signed again. A runner that has consumed the first form refuses the second by th
 first form's own receipt or settlement does. A runner that has never seen it runs it, once.
 The lease token is not raised for it either: it is the same attempt, and a living one must go on renewing the token it has.
 
-Rule 1: an attempt settles once. Rule 2: what is said of another attempt than the current one settles nothing.
+Why an attempt that we do not know is believed. Only we sign starts, so what a runner that has had an attempt of the execution tells
+of another one is something that we forgot: an earlier attempt, or, from the runner that has the current one, its successor.
+
+Rule 1: an attempt settles once. Rule 2: what is said of an earlier attempt is kept with it and settles nothing else.
 Rule 3: a settlement outranks every guess of ours, also "cancelled".
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from controlplane.rows import (
@@ -29,12 +32,9 @@ from protocol.commands import Kind
 from protocol.errors import Reason
 from protocol.identity import HelloClaims
 from protocol.ids import Attempt, Digest, ExecutionId, FencingToken, is_id
-from protocol.limits import HINTS_MAX, LEASE_TTL_MS
-from protocol.messages import HeldLease, Hint, Renewal
-from protocol.receipt import INFRA_STATUS, Outcome, Receipt, Settlement
+from protocol.receipt import INFRA_STATUS, Outcome, Receipt, Settlement, Verdict
 from protocol.replay import Adopt, Mark, reconcile
 
-STOP_HINT = "stop"
 STOP_MET_NOTHING = "tombstone"
 """What the receipt of a stop says when the runner knows no such attempt."""
 _FIRST_FORM_COUNTS = frozenset({Reason.IDEMPOTENCY_MISMATCH, Reason.DUPLICATE_ATTEMPT})
@@ -100,18 +100,32 @@ class Change:
 
     intent: IntentRow | None = None
     execution: ExecutionRow | None = None
+    """An attempt of an execution, the current one or an earlier one."""
+    settled: ExecutionRow | None = None
+    """The attempt with its settlement, which counts if it has none yet."""
+    unheard: ExecutionRow | None = None
+    """An attempt we did not know: of a new execution, the successor of the attempt that we have, or an earlier one."""
     worktree: WorktreeRow | None = None
     conflict: str = ""
     """Set when the statement contradicts an earlier one: an event for people."""
 
 
 Subject = ExecutionRow | WorktreeRow | None
+Attempts = Sequence[ExecutionRow]
 
 
-def receipted(intent: IntentRow | None, subject: Subject, receipt: Receipt, text: str) -> Change:
-    """What a verified receipt changes. `text` is its payload; `subject` is what the intent is about."""
+def receipted(intent: IntentRow | None, subject: Subject, receipt: Receipt, text: str, known: Attempts = ()) -> Change:
+    """What a verified receipt changes.
+
+    Args:
+        intent: what it answers, None when that was forgotten.
+        subject: what it is about: the attempt or worktree, None when that is not known.
+        receipt: the receipt.
+        text: its payload.
+        known: every attempt that we know of the execution that it names, the current one last.
+    """
     if intent is None:
-        return Change(execution=_unheard(receipt, text) if subject is None else None)
+        return Change(unheard=_unheard(receipt, text, known) if subject is None else None)
     if intent.state is IntentState.RECEIPTED:
         return Change()
     if receipt.outcome is Outcome.REFUSED and receipt.reason in _FIRST_FORM_COUNTS:
@@ -122,6 +136,8 @@ def receipted(intent: IntentRow | None, subject: Subject, receipt: Receipt, text
             return Change(intent=answered, execution=_start_answered(subject, receipt, text))
         case ExecutionRow() if intent.kind == Kind.EXECUTION_STOP:
             return Change(intent=answered, execution=_stop_answered(subject, receipt))
+        case ExecutionRow() if intent.kind == Kind.LEASE_ACQUIRE:
+            return Change(intent=answered, execution=_acquire_answered(subject, receipt))
         case WorktreeRow() if intent.kind == Kind.WORKTREE_CREATE:
             return Change(intent=answered, worktree=_create_answered(subject, receipt))
         case WorktreeRow() if intent.kind == Kind.WORKTREE_REMOVE:
@@ -159,7 +175,13 @@ def _stop_answered(row: ExecutionRow, receipt: Receipt) -> ExecutionRow | None:
         exit_status=INFRA_STATUS,
         reason=Reason.UNKNOWN_TARGET,
         detail="the runner accepted it and does not know it any more",
+        verdict=Verdict.LOST,
     )
+
+
+def _acquire_answered(row: ExecutionRow, receipt: Receipt) -> ExecutionRow:
+    refused = receipt.outcome in (Outcome.REFUSED, Outcome.FAILED)
+    return replace(row, lease_refused=receipt.reason if refused else None)
 
 
 def _create_answered(row: WorktreeRow, receipt: Receipt) -> WorktreeRow:
@@ -169,49 +191,81 @@ def _create_answered(row: WorktreeRow, receipt: Receipt) -> WorktreeRow:
             row, state=WorktreeState.READY, path=told["path"], head=told["head"], branch=told["branch"], reason=None
         )
     state = WorktreeState.FAILED if receipt.outcome is Outcome.FAILED else WorktreeState.REFUSED
-    return replace(row, state=state, reason=receipt.reason, detail=receipt.detail)
+    after_ms = retry_after_ms(receipt)
+    return replace(row, state=state, reason=receipt.reason, detail=receipt.detail, retry_after_ms=after_ms)
 
 
 def _remove_answered(row: WorktreeRow, receipt: Receipt) -> WorktreeRow:
     if receipt.outcome is Outcome.DONE:
         return replace(row, state=WorktreeState.REMOVED, reason=None, detail="")
     # It is still there: whoever asked reads why, and may ask again.
-    return replace(row, state=WorktreeState.READY, reason=receipt.reason, detail=receipt.detail)
+    after_ms = retry_after_ms(receipt)
+    state = WorktreeState.READY
+    return replace(row, state=state, reason=receipt.reason, detail=receipt.detail, retry_after_ms=after_ms)
 
 
-def _unheard(receipt: Receipt, text: str) -> ExecutionRow | None:
+def retry_after_ms(receipt: Receipt) -> int | None:
+    """When a refusal that will not last is worth asking again; None for every other receipt."""
+    return _count(receipt.result.get("retry_after_ms")) if receipt.outcome is Outcome.REFUSED else None
+
+
+def _unheard(receipt: Receipt, text: str, known: Attempts) -> ExecutionRow | None:
     """A start we do not remember (restored from a backup): what the runner's accepted receipt says of it."""
     execution_id, token = receipt.result.get("execution_id"), receipt.result.get("start_token")
     if receipt.kind != Kind.EXECUTION_START or receipt.outcome is not Outcome.ACCEPTED:
         return None
     if not isinstance(execution_id, str) or not is_id(execution_id) or not isinstance(token, int) or token < 1:
         return None
-    return ExecutionRow(
-        id=execution_id,
-        runner_id=receipt.runner,
-        start_token=token,
+    attempt = Attempt(ExecutionId(execution_id), FencingToken(token))
+    row = _forgotten(attempt, receipt.runner, receipt.cmd_id, receipt.at_ms, known)
+    return None if row is None else replace(row, receipt=text, detail="known from its receipt only")
+
+
+def _forgotten(attempt: Attempt, runner_id: str, cmd_id: str, at_ms: int, known: Attempts) -> ExecutionRow | None:
+    """The row of an attempt that a runner tells of and we do not know; None when it cannot be one of ours."""
+    row = ExecutionRow(
+        id=attempt.execution_id,
+        runner_id=runner_id,
+        start_token=attempt.start_token,
         state=ExecutionState.RUNNING,
-        cmd_id=receipt.cmd_id,
-        created_ms=receipt.at_ms,
-        receipt=text,
-        detail="known from its receipt only",
+        cmd_id=cmd_id,
+        created_ms=at_ms,
+    )
+    if not known:
+        return row
+    current = known[-1]
+    # The current one's place is given up to its own runner alone: nobody else may end what is another's.
+    believed = [current] if attempt.start_token > current.start_token else known
+    if runner_id not in {other.runner_id for other in believed}:
+        return None
+    return replace(
+        row, created_ms=current.created_ms, argv=current.argv, cwd=current.cwd, worktree_id=current.worktree_id
     )
 
 
 def settled(
-    intent: IntentRow | None, execution: ExecutionRow | None, settlement: Settlement, digest: str, text: str
+    intent: IntentRow | None,
+    row: ExecutionRow | None,
+    settlement: Settlement,
+    digest: str,
+    text: str,
+    known: Attempts = (),
 ) -> Change:
-    """What a verified settlement changes; a second, different one changes nothing and is told."""
-    row = execution or ExecutionRow(
-        id=settlement.execution_id,
-        runner_id=settlement.runner,
-        start_token=settlement.start_token,
-        state=ExecutionState.RUNNING,
-        cmd_id=settlement.cmd_id,
-        created_ms=settlement.at_ms,
-        detail="known from its settlement only",
-    )
-    if row.runner_id != settlement.runner or row.start_token != settlement.start_token:
+    """What a verified settlement changes; a second, different one changes nothing and is told.
+
+    Args:
+        intent: the start that it names, None when that was forgotten.
+        row: the attempt that it ends, None when that is not known.
+        settlement: the settlement.
+        digest: of its payload.
+        text: its payload.
+        known: every attempt that we know of its execution, the current one last.
+    """
+    unheard = None
+    if row is None:
+        told = _forgotten(settlement.attempt, settlement.runner, settlement.cmd_id, settlement.at_ms, known)
+        row = unheard = None if told is None else replace(told, detail="known from its settlement only")
+    if row is None or row.runner_id != settlement.runner:
         return Change(conflict="a settlement of another attempt")
     if row.settlement is not None:
         return Change(conflict="" if row.settlement_digest == digest else "a second settlement of an attempt")
@@ -219,7 +273,8 @@ def settled(
     return Change(
         # An attempt that ended was started: the start must not be sent again, also if its receipt is still to come.
         intent=replace(intent, state=IntentState.RECEIPTED) if mine and intent is not None else None,
-        execution=replace(
+        unheard=unheard,
+        settled=replace(
             row,
             state=ExecutionState.SETTLED,
             settlement=text,
@@ -227,62 +282,20 @@ def settled(
             exit_status=settlement.exit_status,
             reason=settlement.cause.reason,
             detail=settlement.cause.detail,
+            verdict=settlement.verdict,
         ),
     )
 
 
 def stop_was_overtaken(row: ExecutionRow, start: IntentRow | None) -> bool:
     """Whether a stop may simply call back the start: it was never signed, so no runner can know it."""
-    return start is not None and start.state is IntentState.QUEUED and start.signed_times == 0 and not row.state.final
-
-
-# --- beats -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Living:
-    """An execution that has not ended: the token of its lease, and the stop that was asked for."""
-
-    execution_id: str
-    token: int
-    stop_cmd_id: str | None
-
-    @property
-    def attempt(self) -> Attempt:
-        """Its attempt."""
-        return Attempt(ExecutionId(self.execution_id), FencingToken(self.token))
-
-
-def lease_resource(execution_id: str) -> str:
-    """The name under which an execution's lease is granted."""
-    return f"exec:{execution_id}"
-
-
-def renew(held: Iterable[HeldLease], living: Mapping[str, Living]) -> list[Renewal]:
-    """Answer the leases of a beat; `living` is by resource."""
-    return [_renewal(lease, living.get(lease.res)) for lease in held]
-
-
-def _renewal(lease: HeldLease, row: Living | None) -> Renewal:
-    if row is None:
-        return Renewal(res=lease.res, token=lease.token, reason=Reason.UNKNOWN_TARGET)
-    if lease.token < row.token:
-        return Renewal(res=lease.res, token=lease.token, reason=Reason.FENCED)
-    if lease.token > row.token:
-        # No token of ours: it was granted by nobody we know.
-        return Renewal(res=lease.res, token=lease.token, reason=Reason.UNKNOWN_TARGET)
-    return Renewal(res=lease.res, token=lease.token, ttl_ms=LEASE_TTL_MS)
-
-
-def hints(living: Iterable[Living]) -> list[Hint]:
-    """The stops that still wait for their attempt's end."""
-    wanted: Sequence[Hint] = [
-        Hint(attempt=row.attempt.name, want=STOP_HINT, cmd_id=row.stop_cmd_id)
-        for row in living
-        if row.stop_cmd_id is not None
-    ]
-    return list(wanted[:HINTS_MAX])
+    waits = start is not None and start.state in (IntentState.QUEUED, IntentState.HELD) and start.signed_times == 0
+    return waits and not row.state.final
 
 
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

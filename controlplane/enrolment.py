@@ -124,9 +124,10 @@ def _replace(db: Db, claims: EnrollClaims) -> tuple[tuple[str, ...], tuple[str, 
     touched: list[str] = []
     for row in older.values():
         tables.put_runner(db, replace(row, living=False, session=""))
-        for intent in tables.intents_in(db, row.id, IntentState.QUEUED):
-            _call_back(db, intent)
-            touched.append(intent.subject)
+        for state in (IntentState.QUEUED, IntentState.HELD):
+            for intent in tables.intents_in(db, row.id, state):
+                _call_back(db, intent)
+                touched.append(intent.subject)
     return tuple(older), tuple(touched)
 
 
@@ -134,7 +135,8 @@ def _call_back(db: Db, intent: IntentRow) -> None:
     """Give up an intent whose runner is gone; what may have been sent in an earlier form keeps its state."""
     tables.put_intent_state(db, replace(intent, state=IntentState.CANCELLED))
     detail = "its runner was replaced"
-    execution = tables.execution(db, intent.subject) if intent.kind == Kind.EXECUTION_START else None
+    start = intent.kind == Kind.EXECUTION_START
+    execution = tables.attempt(db, intent.subject, intent.start_token) if start else None
     if execution is not None and not execution.state.final and intent.signed_times == 0:
         tables.put_execution(db, replace(execution, state=ExecutionState.CANCELLED, detail=detail))
     worktree = tables.worktree(db, intent.subject) if intent.kind == Kind.WORKTREE_CREATE else None

@@ -27,17 +27,22 @@ class Left(Exception):
 
 
 def follow_log(
-    client: PlaneClient, execution_id: str, offset: int, text: LogText, write: Callable[[Piece], None]
+    client: PlaneClient,
+    execution_id: str,
+    offset: int,
+    text: LogText,
+    write: Callable[[Piece], None],
+    attempt: int | None = None,
 ) -> None:
     """Print the log from `offset` until it is complete. Raises PlaneRefused, PlaneUnreachable or RemoteError."""
     parser = LogParser(offset)
     patience = Patience()
     while True:
         try:
-            for data in client.log(execution_id, parser.offset, follow=True):
+            for data in client.log(execution_id, parser.offset, follow=True, attempt=attempt):
                 patience.renew()
                 _print(parser, data, text, write)
-            if _is_complete(client, execution_id, parser.offset):
+            if _is_complete(client, execution_id, parser.offset, attempt):
                 break
         except PlaneUnreachable as exc:
             patience.spend(exc)
@@ -49,18 +54,26 @@ def follow_log(
 
 
 def print_log(
-    client: PlaneClient, execution_id: str, offset: int, text: LogText, write: Callable[[Piece], None]
+    client: PlaneClient,
+    execution_id: str,
+    offset: int,
+    text: LogText,
+    write: Callable[[Piece], None],
+    attempt: int | None = None,
 ) -> None:
     """Print what there is of the log from `offset` on. Raises PlaneRefused, PlaneUnreachable or RemoteError."""
     parser = LogParser(offset)
-    for data in client.log(execution_id, offset, follow=False):
+    for data in client.log(execution_id, offset, follow=False, attempt=attempt):
         _print(parser, data, text, write)
     for piece in text.finish():
         write(piece)
 
 
-def wait_for_end(client: PlaneClient, execution_id: str) -> Json:
-    """The execution once it is final. Raises PlaneRefused or PlaneUnreachable."""
+def wait_for_end(client: PlaneClient, execution_id: str, attempt: int | None = None) -> Json:
+    """The execution once it is final, or the attempt as it is once a later one took its place.
+
+    Raises PlaneRefused or PlaneUnreachable.
+    """
     patience = Patience()
     while True:
         try:
@@ -69,8 +82,18 @@ def wait_for_end(client: PlaneClient, execution_id: str) -> Json:
             patience.spend(exc)
             continue
         patience.renew()
+        if attempt is not None and found["start_token"] != attempt:
+            return _attempt(client, found, attempt)
         if found["state"] in FINAL_STATES:
             return found
+
+
+def _attempt(client: PlaneClient, found: Json, attempt: int | None) -> Json:
+    """The attempt with this token of an execution that was `found`; without one the current."""
+    if attempt is None or found["start_token"] == attempt:
+        return found
+    every: list[Json] = client.get(f"/executions/{found['id']}/attempts")["attempts"]
+    return next(one for one in every if one["start_token"] == attempt)
 
 
 def _print(parser: LogParser, data: bytes, text: LogText, write: Callable[[Piece], None]) -> None:
@@ -79,8 +102,8 @@ def _print(parser: LogParser, data: bytes, text: LogText, write: Callable[[Piece
             write(piece)
 
 
-def _is_complete(client: PlaneClient, execution_id: str, offset: int) -> bool:
-    found = client.get(f"/executions/{execution_id}")
+def _is_complete(client: PlaneClient, execution_id: str, offset: int, attempt: int | None) -> bool:
+    found = _attempt(client, client.get(f"/executions/{execution_id}"), attempt)
     log, settlement = found["log"], found["settlement"] or {}
     if found["state"] in FINAL_STATES and settlement.get("log") is None:
         return True  # refused, cancelled, never started or lost: nobody will say where the log ends
@@ -131,11 +154,11 @@ def stop_at_interrupt(stop: Callable[[], None], tell: Callable[[str], None]) -> 
         signal.signal(signal.SIGINT, before)
 
 
-def stop_aside(url: str, token: str, execution_id: str, tell: Callable[[str], None]) -> None:
-    """Order the stop on a connection of its own."""
+def stop_aside(url: str, token: str, execution_id: str, attempt: int, tell: Callable[[str], None]) -> None:
+    """Order the stop of an attempt on a connection of its own."""
     try:
         with PlaneClient(url, token) as client:
-            client.post(f"/executions/{execution_id}/stop", {})
+            client.post(f"/executions/{execution_id}/stop", {"start_token": attempt})
     except (PlaneRefused, PlaneUnreachable) as exc:
         tell(f"the stop was not ordered: {exc}")
 

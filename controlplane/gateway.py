@@ -1,9 +1,10 @@
 """The WebSocket endpoint for runners: frames in, frames out, and how a connection ends.
 
-Three tasks a session: one reads, one writes, one keeps reports in order, so that a beat never waits behind a report. Whatever a peer
-sends, the worst it gets is its own connection closed, with a reason.
+Three tasks a session: one reads, one writes, one keeps reports in order, so that a beat never waits behind a report. A connection
+for renewals has one task, and carries beats. Whatever a peer sends, the worst it gets is its own connection closed, with a reason.
 """
 
+import itertools
 from base64 import urlsafe_b64encode
 from collections.abc import Callable
 from typing import Final
@@ -16,17 +17,20 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from controlplane.enrolment import open_enrolment
 from controlplane.errors import StoreFailed
-from controlplane.limits import CLOSE_TIMEOUT_S, REPORTS_QUEUED_MAX, SEND_TIMEOUT_S
+from controlplane.limits import CLOSE_TIMEOUT_S, RENEWAL_MS_MAX, REPORTS_QUEUED_MAX, SEND_TIMEOUT_S
+from controlplane.renewals import Renewals
 from controlplane.session import Session
 from controlplane.switchboard import Switchboard
 from protocol.errors import CloseCode, Reason, RemoteError
 from protocol.handshake import PlaneHandshake
+from protocol.identity import HelloClaims
 from protocol.limits import HANDSHAKE_TIMEOUT_MS
 from protocol.messages import (
     SUBPROTOCOL,
     Beat,
     Bye,
     Enroll,
+    Fetch,
     FromRunner,
     Gap,
     Hello,
@@ -45,17 +49,33 @@ _NONCE_BYTES: Final = 32
 _log = structlog.get_logger("controlplane.gateway")
 
 
+_FAREWELL: Final = frozenset({1000, 1001})
+"""Codes with which a peer closes on purpose; a connection that breaks has another one."""
+
+
 class _Gone(Exception):
     """The peer closed the connection, or it broke."""
+
+    def __init__(self, code: int | None = None) -> None:
+        self.code = code
+        super().__init__(code)
 
 
 class Gateway:
     """Serves connections of runners."""
 
-    def __init__(self, switchboard: Switchboard, clock_ms: Callable[[], int], entropy: Callable[[int], bytes]) -> None:
+    def __init__(
+        self,
+        switchboard: Switchboard,
+        renewals: Renewals,
+        clock_ms: Callable[[], int],
+        entropy: Callable[[int], bytes],
+    ) -> None:
         self._switchboard = switchboard
+        self._renewals = renewals
         self._clock_ms = clock_ms
         self._entropy = entropy
+        self._arrivals = itertools.count(1)
 
     async def serve(self, socket: WebSocket) -> None:
         """One connection, from its first message to its close."""
@@ -65,9 +85,11 @@ class Gateway:
             return
         await socket.accept(subprotocol=SUBPROTOCOL)
         try:
-            session = await self._meet(socket)
-            if session is not None:
-                await self._hold(socket, session)
+            met = await self._meet(socket)
+            if isinstance(met, Session):
+                await self._hold(socket, met)
+            elif met is not None:
+                await self._renew(socket, met)
         except _Gone:
             return
         except RemoteError as exc:
@@ -81,8 +103,8 @@ class Gateway:
             _log.exception("connection.failed")
             await _close(socket, Reason.INFRA, CloseCode.INTERNAL, "")
 
-    async def _meet(self, socket: WebSocket) -> Session | None:
-        """The handshake; None when it was an enrolment."""
+    async def _meet(self, socket: WebSocket) -> Session | HelloClaims | None:
+        """The handshake: a session, claims of a runner that only wants renewals, or None when it was an enrolment."""
         try:
             with anyio.fail_after(HANDSHAKE_TIMEOUT_MS / 1000):
                 first = await _receive_text(socket)
@@ -95,7 +117,8 @@ class Gateway:
         except TimeoutError:
             raise RemoteError(Reason.BAD_PROOF, "the handshake took too long", CloseCode.TIMEOUT) from None
 
-    async def _prove(self, socket: WebSocket, first: FromRunner) -> Session:
+    async def _prove(self, socket: WebSocket, first: FromRunner) -> Session | HelloClaims:
+        arrived = next(self._arrivals)
         nonce = urlsafe_b64encode(self._entropy(_NONCE_BYTES)).rstrip(b"=").decode()
         handshake = PlaneHandshake(nonce)
         await _send(socket, handshake.challenge(first, self._clock_ms()))
@@ -103,7 +126,9 @@ class Gateway:
         assert isinstance(hello, Hello), "the handshake keeps what it answered"
         proof = await _receive_text(socket)
         claims = handshake.verify(proof, self._switchboard.key_of(hello.org, hello.runner))
-        session = self._switchboard.session(hello.runner)
+        if claims.purpose == "renew":
+            return claims
+        session = self._switchboard.session(hello.runner, arrived)
         try:
             await _send(socket, await self._switchboard.begin(session, claims))
         except BaseException:
@@ -111,12 +136,27 @@ class Gateway:
             raise
         return session
 
+    async def _renew(self, socket: WebSocket, claims: HelloClaims) -> None:
+        """Answer beats with renewals, one after the other, for a bounded time."""
+        with self._renewals.line(claims) as welcome, anyio.move_on_after(RENEWAL_MS_MAX / 1000):
+            await _send(socket, welcome)
+            while True:
+                message = await _receive_text(socket)
+                if isinstance(message, Bye):
+                    break
+                if not isinstance(message, Beat):
+                    raise RemoteError(Reason.UNEXPECTED_MESSAGE, "this connection is for renewals", CloseCode.BAD_FRAME)
+                await _send(socket, self._renewals.answer(claims, message))
+        await _close(socket, Reason.GOING_AWAY, CloseCode.NORMAL, "renewed")
+
     async def _hold(self, socket: WebSocket, session: Session) -> None:
         try:
             with session.scope:
                 await self._converse(socket, session)
         except BaseExceptionGroup as group:
-            causes = [cause for cause in _leaves(group) if not isinstance(cause, _Gone)]
+            leaves = _leaves(group)
+            session.farewell = any(isinstance(cause, _Gone) and cause.code in _FAREWELL for cause in leaves)
+            causes = [cause for cause in leaves if not isinstance(cause, _Gone)]
             if causes:
                 raise causes[0] from None
             return
@@ -154,6 +194,8 @@ class Gateway:
                 await self._switchboard.beat(session, message)
             case Need():
                 self._switchboard.need(session, message)
+            case Fetch():
+                self._switchboard.fetch(session, message)
             case Refused():
                 await self._switchboard.refused(session, message)
             case LogOpen():
@@ -163,6 +205,7 @@ class Gateway:
             case LogClosed():
                 session.channels.closed(message)
             case Bye():
+                session.farewell = True
                 session.end(Reason.GOING_AWAY, CloseCode.NORMAL)
             case _:
                 raise RemoteError(Reason.UNEXPECTED_MESSAGE, "not inside a session", CloseCode.BAD_FRAME)
@@ -192,7 +235,7 @@ async def _receive_text(socket: WebSocket) -> FromRunner:
 
 def _text_of(message: AsgiMessage) -> str:
     if message["type"] == "websocket.disconnect":
-        raise _Gone
+        raise _Gone(message.get("code"))
     text = message.get("text")
     if not isinstance(text, str):
         raise RemoteError(Reason.UNEXPECTED_MESSAGE, "a binary frame before the session", CloseCode.BAD_FRAME)

@@ -6,9 +6,11 @@ The deciding is done by `dispatcher`; here is what it is given and what is kept 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from controlplane import dispatcher, tables
+from controlplane import dispatcher, instances, tables, told
 from controlplane.dispatcher import Change, Meeting, Subject
 from controlplane.errors import Fault, RequestRefused
+from controlplane.instances import Conflict
+from controlplane.leasing import lease_resource
 from controlplane.rows import (
     CommandRow,
     EventRow,
@@ -23,7 +25,7 @@ from controlplane.tables import Db
 from protocol.commands import Command, Kind, Stream
 from protocol.envelope import Verified, digest_of
 from protocol.errors import Reason
-from protocol.events import Event
+from protocol.events import Event, EventKind
 from protocol.identity import HelloClaims
 from protocol.ids import Digest
 from protocol.messages import Answer, ReportItem
@@ -46,18 +48,43 @@ Certify = Callable[[RunnerRow, int], str]
 """Signs a runner's certificate for an incarnation."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """What memory knows of the runner's line before a new session takes it."""
+
+    seen: tuple[tuple[str, int, int, int], ...] = ()
+    """As for `seen`: what the session that is there has told and nobody has written yet."""
+    instance: str = ""
+    """The instance that has beaten in our incarnation a moment ago."""
+
+
 def begin_session(
-    db: Db, runner_id: str, session: str, claims: HelloClaims, certify: Certify, keyset_version: int, now_ms: int
-) -> Begun:
-    """Agree with a runner where to go on. Raises RequestRefused(UNKNOWN_RUNNER) when it was replaced meanwhile."""
+    db: Db,
+    runner_id: str,
+    session: str,
+    claims: HelloClaims,
+    line: Line,
+    certify: Certify,
+    keyset_version: int,
+    now_ms: int,
+) -> Begun | Conflict:
+    """Agree with a runner where to go on, or refuse a copy of it.
+
+    Raises:
+        RequestRefused: UNKNOWN_RUNNER when it was replaced meanwhile.
+    """
+    seen(db, line.seen)
     runner = tables.runner(db, runner_id)
     if runner is None or not runner.living:
         raise RequestRefused(Fault.UNKNOWN_RUNNER)
+    why = instances.judge(runner, claims, other_lives=line.instance not in ("", claims.instance))
+    if why is not None:
+        return _refuse_copy(db, runner, claims, why, now_ms)
     unanswered = any(row.stream is Stream.CTL for row in tables.intents_in(db, runner_id, IntentState.SENT))
     meeting = dispatcher.meet(runner, claims, _digest_there(db, runner, claims), unanswered=unanswered)
     touched = _requeue(db, runner_id) if meeting.requeue else ()
     runner = replace(
-        runner,
+        instances.taken(runner, claims),
         inc=meeting.inc,
         certificate=certify(runner, meeting.inc) if meeting.reborn else runner.certificate,
         session=session,
@@ -68,7 +95,6 @@ def begin_session(
         last_seen_ms=now_ms,
         version=claims.version,
         platform=claims.platform,
-        hostname=claims.hostname,
         policy_digest=claims.policy_digest,
         attempts=claims.attempts,
     )
@@ -78,6 +104,22 @@ def begin_session(
         *tables.commands_above(db, runner_id, runner.inc, meeting.told.hw),
     )
     return Begun(runner=runner, meeting=meeting, again=again, touched=touched)
+
+
+def _refuse_copy(db: Db, runner: RunnerRow, claims: HelloClaims, why: str, now_ms: int) -> Conflict:
+    """Keep that there was one. A copy that dials again and again is one event."""
+    found = instances.conflict(runner, claims, why, now_ms)
+    tables.put_runner(db, found.runner)
+    if found.fresh:
+        event = EventRow(
+            runner_id=runner.id,
+            at_ms=now_ms,
+            kind=EventKind.IDENTITY_CONFLICT,
+            reason=Reason.IDENTITY_CONFLICT,
+            detail=found.detail,
+        )
+        told.add_event(db, event)
+    return found
 
 
 def _digest_there(db: Db, runner: RunnerRow, claims: HelloClaims) -> Digest | None:
@@ -98,7 +140,8 @@ def _requeue(db: Db, runner_id: str) -> tuple[str, ...]:
     intents = tables.intents_in(db, runner_id, IntentState.SENT)
     for intent in intents:
         tables.put_intent_state(db, replace(intent, state=IntentState.QUEUED))
-        execution = tables.execution(db, intent.subject) if intent.kind == Kind.EXECUTION_START else None
+        start = intent.kind == Kind.EXECUTION_START
+        execution = tables.attempt(db, intent.subject, intent.start_token) if start else None
         if execution is not None and execution.state is ExecutionState.SENT:
             tables.put_execution(db, replace(execution, state=ExecutionState.QUEUED))
         worktree = tables.worktree(db, intent.subject) if intent.kind == Kind.WORKTREE_CREATE else None
@@ -135,12 +178,12 @@ def hear(db: Db, runner_id: str, items: Sequence[tuple[ReportItem, Opened]], now
     touched: set[str] = set()
     for item, opened in items:
         body = digest_of(item.body.encode())
-        known, reason = tables.answered(db, runner_id, item.out_seq, body)
+        known, reason = told.answered(db, runner_id, item.out_seq, body)
         if not known:
             refusal = opened.reason if isinstance(opened, Unreadable) else None
             reason = None if refusal is None else str(refusal)
             touched |= _hear(db, runner_id, item, opened, body, now_ms)
-            tables.put_answered(db, runner_id, item.out_seq, body, reason)
+            told.put_answered(db, runner_id, item.out_seq, body, reason)
         answers.append(
             Answer(out_seq=item.out_seq, stored=reason is None, reason=None if reason is None else Reason(reason))
         )
@@ -160,10 +203,10 @@ def _hear(db: Db, runner_id: str, item: ReportItem, opened: Opened, body: str, n
             detail=opened.detail,
             digest=body,
         )
-        tables.add_event(db, event)
+        told.add_event(db, event)
         return set()
     if isinstance(opened, Event):
-        tables.add_event(db, _event(runner_id, opened, body))
+        told.add_event(db, _event(runner_id, opened, body))
         return set()
     text = opened.payload.decode()
     said = opened.value
@@ -171,15 +214,15 @@ def _hear(db: Db, runner_id: str, item: ReportItem, opened: Opened, body: str, n
     if intent is not None and intent.runner_id != runner_id:
         intent = None
     if isinstance(said, Receipt):
-        subject = _subject(db, runner_id, said.cmd_id, said.result, intent)
-        change = dispatcher.receipted(intent, subject, said, text)
+        change, about = _receipted(db, intent, said, text)
         if said.seq is not None:
             _acked(db, runner_id, said.inc, said.seq)
-        about = intent.subject if intent is not None else _about(subject or change.execution)
     else:
-        change = dispatcher.settled(intent, tables.execution(db, said.execution_id), said, opened.digest, text)
+        row = tables.attempt(db, said.execution_id, said.start_token)
+        known = tables.attempts(db, said.execution_id) if row is None else ()
+        change = dispatcher.settled(intent, row, said, opened.digest, text, known)
         about = said.execution_id
-    touched = _keep(db, change)
+    touched, conflict = _keep(db, change)
     statement = StatementRow(
         digest=opened.digest,
         runner_id=runner_id,
@@ -190,46 +233,48 @@ def _hear(db: Db, runner_id: str, item: ReportItem, opened: Opened, body: str, n
         payload=text,
         received_ms=now_ms,
     )
-    tables.put_statement(db, statement)
-    if change.conflict:
+    told.put_statement(db, statement)
+    if conflict:
         event = EventRow(
-            runner_id=runner_id,
-            at_ms=now_ms,
-            kind="settlement.conflict",
-            detail=change.conflict,
-            digest=opened.digest,
+            runner_id=runner_id, at_ms=now_ms, kind="settlement.conflict", detail=conflict, digest=opened.digest
         )
-        tables.add_event(db, event)
+        told.add_event(db, event)
     return touched | ({about} if about else set())
 
 
-def _subject(db: Db, runner_id: str, cmd_id: str, result: dict[str, object], intent: IntentRow | None) -> Subject:
-    """What a receipt is about: the intent's subject, or, of an intent we forgot, what the receipt itself names."""
+def _receipted(db: Db, intent: IntentRow | None, said: Receipt, text: str) -> tuple[Change, str]:
+    """What a receipt changes, and what it is about: the intent's subject, or, of an intent we forgot, what it names itself."""
+    subject: Subject
     if intent is not None:
-        row = tables.execution(db, intent.subject) or tables.worktree(db, intent.subject)
-    else:
-        named = result.get("execution_id")
-        row = tables.execution(db, named) if isinstance(named, str) else None
-    return row
+        subject = tables.attempt(db, intent.subject, intent.start_token) or tables.worktree(db, intent.subject)
+        return dispatcher.receipted(intent, subject, said, text), intent.subject
+    named, token = said.result.get("execution_id"), said.result.get("start_token")
+    if not isinstance(named, str) or not isinstance(token, int):
+        return Change(), ""
+    known, subject = tables.attempts(db, named), tables.attempt(db, named, token)
+    change = dispatcher.receipted(None, subject, said, text, known)
+    return change, named if known or change.unheard is not None else ""
 
 
-def _about(subject: Subject) -> str:
-    return "" if subject is None else subject.id
-
-
-def _keep(db: Db, change: Change) -> set[str]:
-    touched = set()
+def _keep(db: Db, change: Change) -> tuple[set[str], str]:
+    """Write what a statement changed: the ids of the rows, and what is to be told of it."""
+    touched, conflict = set(), change.conflict
     if change.intent is not None:
         tables.put_intent_state(db, change.intent)
+    if change.unheard is not None:
+        tables.add_attempt(db, change.unheard)
     if change.execution is not None:
         tables.put_execution(db, change.execution)
-        res = dispatcher.lease_resource(change.execution.id)
-        tables.raise_token(db, res, change.execution.start_token)
-        touched.add(change.execution.id)
+    if change.settled is not None and not tables.settle(db, change.settled):
+        conflict = conflict or "a second settlement of an attempt"
+    for row in (change.unheard, change.execution, change.settled):
+        if row is not None:
+            tables.raise_token(db, lease_resource(row.id), row.token)
+            touched.add(row.id)
     if change.worktree is not None:
         tables.put_worktree(db, change.worktree)
         touched.add(change.worktree.id)
-    return touched
+    return touched, conflict
 
 
 def _event(runner_id: str, event: Event, digest: str) -> EventRow:

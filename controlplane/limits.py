@@ -20,6 +20,18 @@ EXPIRY_SWEEP_MS: Final = 60 * 1000
 KEYSET_CHECK_MS: Final = 24 * 60 * 60 * 1000
 OUTBOX_PATIENCE_MS: Final = 60 * 1000
 """How long a session waits for items that its hello announced and that may have been pruned on the runner."""
+FIRST_BEAT_MS: Final = 2 * 1000
+"""How long new work waits for the first beat of a session, which says whether it is taken: it comes with the welcome."""
+FETCH_AGAIN_MS: Final = 1000
+"""A safety command that is asked for by name goes again at once, and not more often than this."""
+FETCHED_MAX: Final = 1024
+"""Commands of a session remembered as asked for: past it the oldest may be asked for again."""
+UNKNOWN_EVENTS_MAX: Final = 64
+"""Events of one session about attempts that we do not know: a runner that names new ones for ever must not fill the disk."""
+RENEWALS_PER_RUNNER_MAX: Final = 4
+"""Connections of one runner that carry renewals only: each thread of it that is starved needs one, for a moment."""
+RENEWAL_MS_MAX: Final = 60 * 1000
+"""How long such a connection lasts: a lease is renewed three times in it."""
 EVENTS_PER_RUNNER_MAX: Final = 1000
 """Refusals and events kept of one runner: a loop of bad envelopes must not fill the disk."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from controlplane.rows import CommandRow, IntentRow, IntentState
-from protocol.commands import Audience, Command, LeaseGrant, Stream
+from protocol.commands import Actor, Audience, Command, LeaseGrant, Stream
 from protocol.envelope import digest_of
 from protocol.limits import COMMAND_TTL_MS_MAX, SAFETY_TTL_MS_MAX
 from protocol.replay import Mark
@@ -78,6 +78,7 @@ def _word(intent: IntentRow, ctl: Mark | None, address: Address, now_ms: int) ->
         exp=now_ms + ttl_ms,
         keyset_min=address.keyset_min,
         lease=None if intent.lease is None else LeaseGrant.parse(intent.lease),
+        actor=None if intent.actor is None else Actor(sub=intent.actor, via=ISSUER),
         args=json.loads(intent.args),
     ).dump()
     return CommandRow(

@@ -15,7 +15,7 @@ import anyio
 import anyio.to_thread
 import structlog
 
-from controlplane import hearing, logread, store, tables, views
+from controlplane import hearing, logread, store, told, views
 from controlplane.database import Database
 from controlplane.desk import Desk
 from controlplane.errors import Fault, RequestRefused, StoreFailed
@@ -23,6 +23,8 @@ from controlplane.gateway import Gateway
 from controlplane.keys import lock_directory, open_keys
 from controlplane.ledger import Clock, Entropy, Ledger
 from controlplane.limits import EXPIRY_SWEEP_MS, KEYSET_CHECK_MS, LAST_SEEN_FLUSH_MS
+from controlplane.renewals import Renewals
+from controlplane.rows import RunnerRow
 from protocol.errors import CloseCode, Reason
 from protocol.groups import ungrouped
 from protocol.keys import PublicKey
@@ -39,12 +41,18 @@ def wall_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+def boottime_ms() -> int:
+    """CLOCK_BOOTTIME in milliseconds: it counts while the machine sleeps."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
+
+
 class ControlPlane(Desk):
     """A control plane that is open. Made by `open` alone."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__(ledger)
-        self.gateway: Final = Gateway(self.switchboard, ledger.clock, ledger.entropy)
+        renewals = Renewals(ledger, self.switchboard.beats)
+        self.gateway: Final = Gateway(self.switchboard, renewals, ledger.clock, ledger.entropy)
 
     @classmethod
     @asynccontextmanager
@@ -54,6 +62,7 @@ class ControlPlane(Desk):
         *,
         db: Path | None = None,
         clock: Clock = wall_ms,
+        boot_clock: Clock = boottime_ms,
         entropy: Entropy = os.urandom,
         beat_ms: int = BEAT_INTERVAL_MS,
     ) -> AsyncIterator["ControlPlane"]:
@@ -66,7 +75,7 @@ class ControlPlane(Desk):
         try:
             keys = open_keys(data_dir, clock(), entropy)
             database = Database(db or data_dir / DATABASE_FILE)
-            ledger = Ledger(keys, database, clock, entropy, beat_ms)
+            ledger = Ledger(keys, database, clock, boot_clock, entropy, beat_ms)
             ledger.load(data_dir / "logs")
             plane = cls(ledger)
             try:
@@ -101,15 +110,22 @@ class ControlPlane(Desk):
     def runners(self) -> list[views.Runner]:
         """The living runners, by name."""
         rows = sorted((row for row in self._ledger.runners.values() if row.living), key=lambda row: row.name)
-        return [
-            views.runner_view(
-                row,
-                PublicKey.from_b64url(row.x).key_id,
-                online=self.switchboard.is_online(row.id),
-                last_seen_ms=self._ledger.last_seen_ms.get(row.id, 0),
-            )
-            for row in rows
-        ]
+        return [self._runner_view(row) for row in rows]
+
+    def runner(self, ref: str) -> views.Runner:
+        """A living runner by id or name. Raises RequestRefused(UNKNOWN_RUNNER)."""
+        return self._runner_view(self._ledger.runner(ref))
+
+    def _runner_view(self, row: RunnerRow) -> views.Runner:
+        session = self.switchboard.session_of(row.id)
+        return views.runner_view(
+            row,
+            PublicKey.from_b64url(row.x).key_id,
+            online=session is not None,
+            last_seen_ms=self._ledger.last_seen_ms.get(row.id, 0),
+            admission="" if session is None else session.admission,
+            unknown=None if session is None else session.unknown,
+        )
 
     def published_keys(self) -> JsonObject:
         """Everything a stranger needs to verify envelopes and receipts."""
@@ -126,23 +142,27 @@ class ControlPlane(Desk):
 
     def statements(self, about: str) -> list[JsonObject]:
         """Signed statements about an execution, a worktree or a command."""
-        rows = tables.statements(self._ledger.db.reader, about, _STATEMENTS_MAX)
+        rows = told.statements(self._ledger.db.reader, about, _STATEMENTS_MAX)
         return [views.statement_view(row) for row in rows]
 
     def events(self, runner: str | None, limit: int) -> list[JsonObject]:
         """What was told or refused, newest first. Raises RequestRefused(UNKNOWN_RUNNER)."""
-        rows = tables.events(self._ledger.db.reader, self._runner_filter(runner), limit)
+        rows = told.events(self._ledger.db.reader, self._runner_filter(runner), limit)
         return [views.event_view(row) for row in rows]
 
     # --- logs ---------------------------------------------------------------------------------------------------
 
-    async def read_log(self, execution_id: str, offset: int, *, follow: bool) -> tuple[int, AsyncIterator[bytes]]:
-        """The end of an execution's log as it is now, and its records from `offset` on; `follow` goes on until it is complete.
+    async def read_log(
+        self, execution_id: str, offset: int, *, follow: bool, start_token: int | None = None
+    ) -> tuple[int, AsyncIterator[bytes]]:
+        """The end of a log as it is now, and its records from `offset` on; `follow` goes on until it is complete.
+
+        It is that of the execution's current attempt, or of the one with `start_token`.
 
         Raises:
-            RequestRefused: UNKNOWN_EXECUTION, or BAD_OFFSET where no record begins.
+            RequestRefused: UNKNOWN_EXECUTION, UNKNOWN_ATTEMPT, or BAD_OFFSET where no record begins.
         """
-        row = self._execution_row(execution_id)
+        row = self._attempt_row(execution_id, start_token)
         logs, attempt = self._ledger.logs, row.attempt.name
         log = logs.acquire(attempt, row.runner_id)
         try:
@@ -153,7 +173,7 @@ class ControlPlane(Desk):
             logs.give_back(log)
 
         def more() -> bool:
-            return not self.closing.is_set() and self._log_grows(execution_id)
+            return not self.closing.is_set() and self._log_grows(execution_id, row.start_token)
 
         async def stream() -> AsyncIterator[bytes]:
             # Acquired here: a stream that nobody begins to read must hold nothing.
@@ -166,9 +186,9 @@ class ControlPlane(Desk):
 
         return end, stream()
 
-    async def digests(self, execution_id: str) -> JsonObject:
-        """What the stored log adds up to. Raises RequestRefused(UNKNOWN_EXECUTION)."""
-        execution = self._execution_row(execution_id)
+    async def digests(self, execution_id: str, start_token: int | None = None) -> JsonObject:
+        """What the stored log adds up to. Raises RequestRefused(UNKNOWN_EXECUTION | UNKNOWN_ATTEMPT)."""
+        execution = self._attempt_row(execution_id, start_token)
         attempt = execution.attempt.name
         log = self._ledger.logs.acquire(attempt, execution.runner_id)
         try:
@@ -184,9 +204,9 @@ class ControlPlane(Desk):
             "chain_ok": sums.chain_ok,
         }
 
-    def _log_grows(self, execution_id: str) -> bool:
+    def _log_grows(self, execution_id: str, start_token: int) -> bool:
         """Whether more of a log may come: not for what never ran, nor for what settled without one."""
-        row = self._execution_row(execution_id)
+        row = self._attempt_row(execution_id, start_token)
         if not row.state.final:
             return True
         return row.settlement is not None and json.loads(row.settlement).get("log") is not None

@@ -1,5 +1,6 @@
 """What the verbs of the control plane's command line share: reaching the plane, options, errors as exit codes."""
 
+import os
 import re
 from enum import IntEnum
 from pathlib import Path
@@ -10,9 +11,12 @@ import click
 from controlplane.client import Json, PlaneClient, PlaneRefused, PlaneUnreachable
 from controlplane.render import complain
 from protocol.errors import RemoteError
+from protocol.limits import SECRET_BYTES_MAX
 
 DEFAULT_URL: Final = "http://127.0.0.1:7410"
 TOKEN_BYTES_MAX: Final = 4096
+LIVING: Final = ("queued", "sent", "running")
+"""States of an execution that is under way."""
 _NEXT: Final = {
     "UNAUTHORIZED": "runner-control --token-file FILE …   (the plane's data directory holds admin.token)",
     "UNKNOWN_RUNNER": "runner-control runners",
@@ -23,6 +27,9 @@ _NEXT: Final = {
     "WORKTREE_NOT_READY": "runner-control worktree ls",
     "BAD_OFFSET": "runner-control logs EXECUTION   (offsets are where records begin)",
     "TOO_MANY_INTENTS": "runner-control ps",
+    "UNKNOWN_ATTEMPT": "runner-control show EXECUTION   (and show RUNNER: what lives there)",
+    "NOT_MOVABLE": "runner-control rerun EXECUTION   (on its own runner)",
+    "SECRETS_WANTED": "runner-control rerun EXECUTION --secret NAME=@FILE",
 }
 _ELSE_NEXT: Final = "runner-control --help"
 _URL: Final = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?/?")
@@ -125,6 +132,29 @@ def pairs(texts: tuple[str, ...], option: str) -> dict[str, str]:
             raise click.BadParameter("expected NAME=VALUE", param_hint=option)
         found[name] = value
     return found
+
+
+def secret(given: str) -> tuple[str, str]:
+    """`--secret NAME` from this environment, or `NAME=@FILE`. Raises click.BadParameter."""
+    name, equals, source = given.partition("=")
+    hint = "--secret"
+    if not equals:
+        if name not in os.environ:
+            raise click.BadParameter(f"{name} is not in this environment", param_hint=hint)
+        return name, os.environ[name]
+    if not name or not source.startswith("@"):
+        raise click.BadParameter("expected NAME or NAME=@FILE: others can see arguments of commands", param_hint=hint)
+    try:
+        with Path(source[1:]).open("rb") as file:
+            value = file.read(SECRET_BYTES_MAX + 2)
+        text = value.decode("utf-8").removesuffix("\n")
+    except OSError as exc:
+        raise click.BadParameter(f"{source[1:]}: {exc.strerror}", param_hint=hint) from None
+    except UnicodeDecodeError:
+        raise click.BadParameter(f"{source[1:]} is not UTF-8 text", param_hint=hint) from None
+    if len(text.encode()) > SECRET_BYTES_MAX:
+        raise click.BadParameter(f"{source[1:]} is longer than {SECRET_BYTES_MAX} bytes", param_hint=hint)
+    return name, text
 
 
 def without_none(body: Json) -> Json:

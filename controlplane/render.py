@@ -4,6 +4,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Final
 
+from protocol.text import show_age, show_duration
 from terminal import printing
 
 COLOURS: Final = {"online": "green", "running": "green", "ready": "green", "settled": "green", "offline": "red",
@@ -18,3 +19,10 @@ def moment(unix_ms: object) -> str:
     if not isinstance(unix_ms, int):
         return "-"
     return datetime.fromtimestamp(unix_ms / 1000, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def try_again(after_ms: object) -> str:
+    """When a refusal that will not last is worth asking again, as the end of a sentence."""
+    if not isinstance(after_ms, int):
+        return ""
+    return f"; try again in {show_duration(after_ms) if after_ms < 1000 else show_age(after_ms)}"

@@ -1,5 +1,6 @@
 """What may be asked over REST: closed models that become the arguments of commands. Pure."""
 
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import Field, ValidationError, model_validator
@@ -27,7 +28,7 @@ from protocol.limits import (
     TIMEOUT_MS_MAX,
 )
 from protocol.secretbox import seal_secret
-from protocol.wire import AbsolutePath, Closed, Id, RelativePath, Text, first_error
+from protocol.wire import AbsolutePath, Closed, Id, Positive, RelativePath, Text, first_error
 
 GraceMs = Annotated[int, Field(ge=0, le=GRACE_MS_MAX)]
 
@@ -62,9 +63,18 @@ class ExecutionRequest(Closed):
 
 
 class StopRequest(Closed):
-    """End an execution."""
+    """End an execution; with `runner` or `start_token` one attempt of it, also one that is not known here."""
 
     grace_ms: GraceMs | None = None
+    runner: Id | None = None
+    start_token: Positive | None = None
+
+
+class RerunRequest(Closed):
+    """Run an execution once more, on its runner or another one; its secrets were not kept and are wanted again."""
+
+    runner: Id | None = None
+    secrets: Annotated[dict[EnvName, Text], Field(max_length=SECRETS_ITEMS_MAX, repr=False)] = {}
 
 
 class WorktreeRequest(Closed):
@@ -95,25 +105,49 @@ def start_of(request: ExecutionRequest, runner_id: str, seal_x: str, attempt: At
         assert request.worktree is not None, "the model wants one of the two"
         cwd = WorktreeCwd(type="worktree", worktree_id=request.worktree, subdir=request.subdir)
     try:
-        secrets = [
-            SealedSecret(name=name, sealed=seal_secret(value.encode(), seal_x, runner_id, attempt, name))
-            for name, value in request.secrets.items()
-        ]
         start = ExecutionStart(
             execution_id=attempt.execution_id,
             start_token=attempt.start_token,
             argv=request.argv,
             cwd=cwd,
             env=request.env,
-            secrets=secrets,
+            secrets=_sealed(request.secrets, runner_id, seal_x, attempt),
             timeout_ms=request.timeout_ms,
             grace_ms=request.grace_ms,
         )
     except ValidationError as exc:
         raise RequestRefused(Fault.BAD_REQUEST, first_error(exc)) from None
+    return fitting(start.dump())
+
+
+def start_again(
+    before: bytes, secrets: Mapping[str, str], runner_id: str, seal_x: str, attempt: Attempt
+) -> ExecutionStart:
+    """The arguments of a later attempt: those of the start `before`, with its secrets sealed anew.
+
+    Raises:
+        RequestRefused: SECRETS_WANTED when other secrets are given than the first start had, or none; TOO_LARGE.
+    """
+    start = ExecutionStart.parse(before)
+    wanted = sorted(secret.name for secret in start.secrets)
+    if wanted != sorted(secrets):
+        said = f"it wants the values of these again: {', '.join(wanted)}" if wanted else "it has no secrets"
+        raise RequestRefused(Fault.SECRETS_WANTED, said)
+    return start.model_copy(
+        update={"start_token": attempt.start_token, "secrets": _sealed(secrets, runner_id, seal_x, attempt)}
+    )
+
+
+def _sealed(secrets: Mapping[str, str], runner_id: str, seal_x: str, attempt: Attempt) -> list[SealedSecret]:
+    try:
+        return [
+            SealedSecret(name=name, sealed=seal_secret(value.encode(), seal_x, runner_id, attempt, name))
+            for name, value in secrets.items()
+        ]
+    except ValidationError:
+        raise
     except ValueError:
         raise RequestRefused(Fault.TOO_LARGE, "a secret is too long") from None
-    return fitting(start.dump())
 
 
 def fitting(args: bytes) -> bytes:

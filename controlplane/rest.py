@@ -18,7 +18,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from controlplane.errors import Fault, RequestRefused
 from controlplane.limits import BODY_BYTES_MAX, IDEMPOTENCY_KEY_CHARS_MAX, LIST_LIMIT, LIST_LIMIT_MAX, WAIT_MS_MAX
 from controlplane.plane import ControlPlane
-from controlplane.requests import ExecutionRequest, JoinRequest, RemoveRequest, StopRequest, WorktreeRequest
+from controlplane.requests import (
+    ExecutionRequest,
+    JoinRequest,
+    RemoveRequest,
+    RerunRequest,
+    StopRequest,
+    WorktreeRequest,
+)
 from controlplane.rows import ExecutionState
 from controlplane.store import Idempotency, Reply
 from protocol.ids import ID_PATTERN
@@ -36,6 +43,7 @@ NameFilter = Annotated[str | None, Query(pattern=rf"^{ID_PATTERN.pattern}$")]
 Limit = Annotated[int, Query(ge=1, le=LIST_LIMIT_MAX)]
 WaitMs = Annotated[int, Query(ge=0, le=WAIT_MS_MAX)]
 Offset = Annotated[int, Query(ge=0, le=JSON_INT_MAX)]
+Token = Annotated[int | None, Query(ge=1, le=JSON_INT_MAX)]
 Asked = TypeVar("Asked", bound=Closed)
 Handler = Callable[[Request, Exception], Coroutine[Any, Any, Response]]
 
@@ -92,6 +100,10 @@ def _add_facts(app: FastAPI, plane: ControlPlane) -> None:
     async def runners() -> Any:
         return {"runners": [row.model_dump() for row in plane.runners()]}
 
+    @app.get("/v1/runners/{runner}")
+    async def one_runner(runner: Name) -> Any:
+        return plane.runner(runner).model_dump()
+
     @app.get("/v1/keys")
     async def keys() -> Any:
         return plane.published_keys()
@@ -127,14 +139,25 @@ def _add_executions(app: FastAPI, plane: ControlPlane) -> None:
         wanted, asked = await _asked(request, plane, StopRequest)
         return _reply(await plane.ask_stop(execution, wanted, asked))
 
+    @app.get("/v1/executions/{execution}/attempts")
+    async def attempts(execution: Name) -> Any:
+        return {"attempts": [row.model_dump() for row in plane.attempts(execution)]}
+
+    @app.post("/v1/executions/{execution}/attempts", status_code=202)
+    async def rerun(execution: Name, request: Request) -> Response:
+        wanted, asked = await _asked(request, plane, RerunRequest)
+        return _reply(await plane.ask_rerun(execution, wanted, asked))
+
     @app.get("/v1/executions/{execution}/log", response_class=StreamingResponse)
-    async def log(execution: Name, offset: Offset = 0, follow: Annotated[bool, Query()] = False) -> StreamingResponse:
-        end, records = await plane.read_log(execution, offset, follow=follow)
+    async def log(
+        execution: Name, offset: Offset = 0, follow: Annotated[bool, Query()] = False, attempt: Token = None
+    ) -> StreamingResponse:
+        end, records = await plane.read_log(execution, offset, follow=follow, start_token=attempt)
         return StreamingResponse(records, media_type=OCTETS, headers={"X-Log-End": str(end)})
 
     @app.get("/v1/executions/{execution}/digests")
-    async def digests(execution: Name) -> Any:
-        return await plane.digests(execution)
+    async def digests(execution: Name, attempt: Token = None) -> Any:
+        return await plane.digests(execution, attempt)
 
 
 def _add_worktrees(app: FastAPI, plane: ControlPlane) -> None:

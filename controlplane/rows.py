@@ -1,5 +1,6 @@
 """What the control plane remembers, as values: one class for each kind of row. Pure."""
 
+import json
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -45,8 +46,10 @@ class WorktreeState(StrEnum):
 
 
 class IntentState(StrEnum):
-    """Where an intent is: only a queued one can still be called back."""
+    """Where an intent is: only a queued or held one can still be called back."""
 
+    HELD = "held"
+    """Not to be numbered before the lease of another attempt is over."""
     QUEUED = "queued"
     SENT = "sent"
     RECEIPTED = "receipted"
@@ -80,6 +83,15 @@ class RunnerRow:
     hostname: str = ""
     policy_digest: str = GENESIS
     attempts: int = 0
+    instance: str = ""
+    """The daemon that has the line; empty for a runner that does not say."""
+    dial: int = 0
+    """The highest count of its dials."""
+    boot_id: str = ""
+    retired: tuple[str, ...] = ()
+    """Daemons before it, the newest last."""
+    conflict: str | None = None
+    """The last hello that was refused because another machine has this runner's key: JSON text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,11 +110,22 @@ class IntentRow:
     expires_ms: int
     signed_times: int = 0
     """How often it was numbered and signed: more than once after a fork."""
+    actor: str | None = None
+    """Who asked, where it was not a user."""
+    waits_for: str | None = None
+    """Of a held intent: the attempt whose lease must be over before."""
 
     @property
     def stream(self) -> Stream:
         """The stream its kind travels on."""
         return STREAM_OF[self.kind]
+
+    @property
+    def start_token(self) -> int | None:
+        """Of an intent about an attempt: which of the execution's."""
+        args = json.loads(self.args)
+        token = args.get("target", args).get("start_token")
+        return token if isinstance(token, int) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +143,7 @@ class CommandRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutionRow:
-    """An execution and its one attempt."""
+    """An execution and its current attempt, or one of its earlier attempts."""
 
     id: str
     runner_id: str
@@ -139,11 +162,28 @@ class ExecutionRow:
     exit_status: int | None = None
     reason: str | None = None
     detail: str = ""
+    lease_token: int = 0
+    """The token it was granted last; 0: that of its start."""
+    lease_refused: str | None = None
+    """Why its runner did not take the last grant."""
+    verdict: str | None = None
+    """How it ended: the settlement's word, or `lost` where nobody will sign one."""
 
     @property
     def attempt(self) -> Attempt:
         """Its attempt."""
         return Attempt(ExecutionId(self.id), FencingToken(self.start_token))
+
+    @property
+    def token(self) -> int:
+        """The token of the lease it has now."""
+        return max(self.lease_token, self.start_token)
+
+    @property
+    def over(self) -> bool:
+        """Whether its runner has told that it does not live: a guess of ours is not enough."""
+        told = self.settlement is not None or self.state is ExecutionState.REFUSED
+        return told or (self.state is ExecutionState.CANCELLED and self.verdict is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +203,8 @@ class WorktreeRow:
     created_ms: int
     reason: str | None = None
     detail: str = ""
+    retry_after_ms: int | None = None
+    """When its runner, which refused the order for now, is worth asking again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

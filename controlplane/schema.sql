@@ -1,4 +1,4 @@
--- The control plane's database, version 1. Times are Unix milliseconds; digests are `sha256:` and hex.
+-- The control plane's database, version 2 (`schema_1_to_2.sql` makes it of version 1). Times are Unix milliseconds; digests are `sha256:` and hex.
 
 CREATE TABLE runners (
   id             TEXT PRIMARY KEY,
@@ -21,7 +21,13 @@ CREATE TABLE runners (
   platform       TEXT NOT NULL,
   hostname       TEXT NOT NULL,
   policy_digest  TEXT NOT NULL,
-  attempts       INTEGER NOT NULL
+  attempts       INTEGER NOT NULL,
+  -- The daemon that has the line: `instance` is random for each start of one. `retired` are those before it, as JSON.
+  instance       TEXT NOT NULL DEFAULT '',
+  dial           INTEGER NOT NULL DEFAULT 0,
+  boot_id        TEXT NOT NULL DEFAULT '',
+  retired        TEXT NOT NULL DEFAULT '[]',
+  conflict       TEXT
 ) STRICT, WITHOUT ROWID;
 CREATE UNIQUE INDEX runners_living_name ON runners (name) WHERE living = 1;
 
@@ -45,11 +51,16 @@ CREATE TABLE intents (
   state        TEXT NOT NULL,
   created_ms   INTEGER NOT NULL,
   expires_ms   INTEGER NOT NULL,
-  signed_times INTEGER NOT NULL
+  signed_times INTEGER NOT NULL,
+  actor        TEXT,
+  -- Of a held intent: the attempt whose lease must be over before this one is queued.
+  waits_for    TEXT
 ) STRICT;
 CREATE INDEX intents_queued ON intents (runner_id, ordinal) WHERE state = 'queued';
 CREATE INDEX intents_deadline ON intents (expires_ms) WHERE state = 'queued';
 CREATE INDEX intents_sent ON intents (runner_id) WHERE state = 'sent';
+CREATE INDEX intents_held ON intents (runner_id) WHERE state = 'held';
+CREATE INDEX intents_subject ON intents (subject);
 
 CREATE TABLE commands (
   digest    TEXT PRIMARY KEY,
@@ -79,10 +90,39 @@ CREATE TABLE executions (
   settlement_digest TEXT,
   exit_status       INTEGER,
   reason            TEXT,
-  detail            TEXT NOT NULL
+  detail            TEXT NOT NULL,
+  -- The token of the lease it has now, 0: its start's. `lease_refused` is why its runner did not take the last grant.
+  lease_token       INTEGER NOT NULL DEFAULT 0,
+  lease_refused     TEXT,
+  verdict           TEXT
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX executions_newest ON executions (created_ms, id);
 CREATE INDEX executions_living ON executions (runner_id) WHERE state IN ('queued', 'sent', 'running');
+
+-- Attempts that a later one took the place of; the columns of `executions`, and the key is the attempt.
+CREATE TABLE attempts (
+  id                TEXT NOT NULL,
+  runner_id         TEXT NOT NULL,
+  start_token       INTEGER NOT NULL,
+  state             TEXT NOT NULL,
+  argv              TEXT NOT NULL,
+  cwd               TEXT,
+  worktree_id       TEXT,
+  cmd_id            TEXT NOT NULL,
+  stop_cmd_id       TEXT,
+  created_ms        INTEGER NOT NULL,
+  receipt           TEXT,
+  settlement        TEXT,
+  settlement_digest TEXT,
+  exit_status       INTEGER,
+  reason            TEXT,
+  detail            TEXT NOT NULL,
+  lease_token       INTEGER NOT NULL DEFAULT 0,
+  lease_refused     TEXT,
+  verdict           TEXT,
+  PRIMARY KEY (id, start_token)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX attempts_living ON attempts (runner_id) WHERE state IN ('queued', 'sent', 'running');
 
 CREATE TABLE worktrees (
   id         TEXT PRIMARY KEY,
@@ -96,7 +136,8 @@ CREATE TABLE worktrees (
   cmd_id     TEXT NOT NULL,
   created_ms INTEGER NOT NULL,
   reason     TEXT,
-  detail     TEXT NOT NULL
+  detail     TEXT NOT NULL,
+  retry_after_ms INTEGER
 ) STRICT, WITHOUT ROWID;
 
 -- The highest lease token ever granted for a resource: it only rises.

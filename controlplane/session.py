@@ -11,15 +11,26 @@ import anyio
 
 from controlplane.channels import Channels
 from controlplane.hearing import Begun
-from controlplane.limits import OUTBOX_PATIENCE_MS, SAFETY_AT_ONCE_MAX, SAID_MESSAGES_MAX
+from controlplane.limits import (
+    FETCH_AGAIN_MS,
+    FETCHED_MAX,
+    FIRST_BEAT_MS,
+    OUTBOX_PATIENCE_MS,
+    SAFETY_AT_ONCE_MAX,
+    SAID_MESSAGES_MAX,
+)
 from controlplane.logstore import LogStore
 from controlplane.rows import CommandRow
 from controlplane.store import Permit
 from protocol.envelope import PayloadType, seal
 from protocol.errors import CloseCode, Reason
+from protocol.identity import HelloClaims
 from protocol.keys import PrivateKey
-from protocol.messages import FromPlane
+from protocol.messages import CommandFrame, FromPlane, Need
 from protocol.session import PlaneSession, SentCommand
+
+CLOSED: Final = frozenset({"paused", "draining"})
+"""Words of a beat's `admission` under which new work waits here."""
 
 
 class Session:
@@ -29,6 +40,7 @@ class Session:
         self,
         session_id: str,
         runner_id: str,
+        arrived: int,
         *,
         logs: LogStore,
         owner: Callable[[str], str | None],
@@ -44,6 +56,21 @@ class Session:
         """Cancelled when the session is to end; `ending` says why."""
         self.ending: tuple[Reason, CloseCode, str] | None = None
         self.dispatching = False
+        self.arrived: Final = arrived
+        """When its connection came, among all connections."""
+        self.instance = ""
+        self.dial = 0
+        self.admission = ""
+        """Whether its runner takes new work, as it told last; empty before the first beat."""
+        self.unknown: dict[str, str] = {}
+        """Attempts that live there and not here, as the last full beat named them, each with why."""
+        self.told: set[str] = set()
+        """Those that are in the events already."""
+        self.missing: dict[str, int] = {}
+        """Since when the full beats leave out an attempt that we count as living there."""
+        self.farewell = False
+        """Whether the runner itself ended it, and with a word."""
+        self._fetched: dict[str, int] = {}
         self._reserved = 0
         self._machine = PlaneSession(0)
         self._key = key
@@ -51,7 +78,7 @@ class Session:
         self._said: deque[FromPlane] = deque()
         self._spoke = anyio.Event()
         self._out_head = 0
-        self._waits_since_ms = 0
+        self._began_ms = self._waits_since_ms = 0
         self._outbox_in = False
 
     # --- beginning and ending -----------------------------------------------------------------------------------
@@ -59,12 +86,19 @@ class Session:
     def begin(self, begun: Begun, out_head: int) -> None:
         """Go on from what was agreed: commands wait until the runner's items up to `out_head` are stored."""
         self.inc = begun.runner.inc
+        self.instance = begun.runner.instance
+        self.dial = begun.runner.dial
         self.keyset_version = begun.runner.keyset_version
         self._machine = PlaneSession(begun.meeting.told.hw)
         self._out_head = out_head
         self._outbox_in = begun.meeting.out_hw >= out_head
-        self._waits_since_ms = self._clock_ms()
+        self._began_ms = self._waits_since_ms = self._clock_ms()
         self.queue(begun.again)
+
+    def overtook(self, other: "Session", claims: HelloClaims) -> bool:
+        """Whether `other` is an earlier connection of this very daemon, whose proof was late."""
+        same = claims.instance == self.instance != ""
+        return same and other.arrived < self.arrived and claims.dial < self.dial
 
     def end(self, reason: Reason, code: CloseCode, detail: str = "") -> None:
         """Say goodbye and close; the first reason counts."""
@@ -100,7 +134,13 @@ class Session:
         if one:
             room, safety_room = min(room, 1), 1
         self._reserved += room
-        return Permit(session=self.id, room=room, safety_room=safety_room)
+        return Permit(session=self.id, room=room, safety_room=safety_room, beginning=self._takes_work())
+
+    def _takes_work(self) -> bool:
+        """Whether new work may be sent: one that tells who it is tells that, too, with its first beat."""
+        if self.admission:
+            return self.admission not in CLOSED
+        return not self.instance or self._clock_ms() - self._began_ms >= FIRST_BEAT_MS
 
     def repay(self, permit: Permit) -> None:
         """The transaction of `permit` is over."""
@@ -114,8 +154,7 @@ class Session:
         """
         for command in commands:
             if command.inc == self.inc:
-                env = seal(command.payload, PayloadType.COMMAND, [self._key]).decode()
-                self._machine.queue(SentCommand(command.digest, command.seq, env))
+                self._machine.queue(SentCommand(command.digest, command.seq, self._seal(command)))
         self.pump()
 
     def pump(self) -> None:
@@ -123,12 +162,33 @@ class Session:
         for frame in self._machine.outgoing(self._clock_ms()):
             self.say(frame)
 
+    def fetch(self, commands: Sequence[CommandRow]) -> None:
+        """Send again what the runner asked for by name: a stop at once, the stream from where the runner is."""
+        now_ms = self._clock_ms()
+        for command in commands:
+            if command.seq is None and now_ms - self._fetched.get(command.cmd_id, -FETCH_AGAIN_MS) >= FETCH_AGAIN_MS:
+                self._fetched[command.cmd_id] = now_ms
+                self.say(CommandFrame(env=self._seal(command)))
+        while len(self._fetched) > FETCHED_MAX:
+            del self._fetched[next(iter(self._fetched))]
+        if any(command.seq is not None and command.seq > self._machine.acked_hw for command in commands):
+            self._machine.receive(Need(seq=self._machine.acked_hw + 1))
+            self.pump()
+
+    def _seal(self, command: CommandRow) -> str:
+        return seal(command.payload, PayloadType.COMMAND, [self._key]).decode()
+
     @property
     def machine(self) -> PlaneSession:
         """What was sent and not consumed."""
         return self._machine
 
     # --- the runner's outbox ------------------------------------------------------------------------------------
+
+    @property
+    def outbox_in(self) -> bool:
+        """Whether everything that the hello announced is stored."""
+        return self._outbox_in
 
     def stored(self, out_seq: int) -> bool:
         """Items up to `out_seq` are stored. True when this opens the way for new commands."""

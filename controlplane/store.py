@@ -4,9 +4,11 @@ The deciding is done by `dispatcher` and `orders`; here is what they are given a
 """
 
 from dataclasses import dataclass, replace
+from typing import Final
 
 from controlplane import dispatcher, orders, tables
 from controlplane.errors import Fault, RequestRefused
+from controlplane.leasing import lease_resource, token_floor, worktree_resource
 from controlplane.limits import IDEMPOTENCY_TTL_MS, INTENTS_QUEUED_MAX
 from controlplane.rows import (
     CommandRow,
@@ -18,11 +20,15 @@ from controlplane.rows import (
     WorktreeState,
 )
 from controlplane.tables import Db
-from protocol.commands import STREAM_OF, Kind, Stream
+from protocol.commands import STREAM_OF, Kind, LeaseGrant, OnLoss, Stream
 from protocol.errors import Reason
+from protocol.limits import LEASE_TTL_MS
 
-_KINDS_OF = {stream: tuple(kind for kind, of in STREAM_OF.items() if of is stream) for stream in Stream}
-_SWEEP_MAX = 1000
+_KINDS_OF: Final = {stream: tuple(kind for kind, of in STREAM_OF.items() if of is stream) for stream in Stream}
+_BEGINNING: Final = (Kind.EXECUTION_START, Kind.WORKTREE_CREATE)
+"""What a runner that is paused or draining takes nothing of."""
+_LEASED: Final = (Kind.EXECUTION_START, Kind.LEASE_ACQUIRE)
+_SWEEP_MAX: Final = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +38,8 @@ class Permit:
     session: str
     room: int
     safety_room: int
+    beginning: bool = True
+    """Whether new work may be among it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,10 +98,10 @@ def queue_intent(db: Db, intent: IntentRow) -> None:
 
 def start_execution(db: Db, row: ExecutionRow, intent: IntentRow) -> None:
     """Take a new execution; its id is new, so the token its secrets were sealed for is the first one."""
-    token = tables.grant_token(db, dispatcher.lease_resource(row.id))
+    token = tables.grant_token(db, lease_resource(row.id))
     assert token == row.start_token, "an execution id is never used twice"
     queue_intent(db, intent)
-    tables.put_execution(db, row)
+    tables.add_execution(db, row)
 
 
 def stop_execution(db: Db, execution_id: str, stop: IntentRow) -> tuple[ExecutionRow, bool]:
@@ -122,7 +130,7 @@ def create_worktree(db: Db, row: WorktreeRow, intent: IntentRow) -> None:
     gone = (WorktreeState.REMOVED, WorktreeState.REFUSED, WorktreeState.FAILED)
     if known is not None and (known.state not in gone or known.runner_id != row.runner_id):
         raise RequestRefused(Fault.WORKTREE_EXISTS, "the id is taken")
-    queue_intent(db, intent)
+    queue_intent(db, replace(intent, lease=_worktree_lease(db, row, intent.created_ms)))
     tables.put_worktree(db, row)
 
 
@@ -135,13 +143,31 @@ def remove_worktree(db: Db, worktree_id: str, intent: IntentRow) -> WorktreeRow:
         return row
     if not row.state.final:
         raise RequestRefused(Fault.WORKTREE_NOT_READY, "its creation has not been answered yet")
-    queue_intent(db, replace(intent, runner_id=row.runner_id))
-    row = replace(row, state=WorktreeState.REMOVING, cmd_id=intent.cmd_id, reason=None, detail="")
+    lease = _worktree_lease(db, row, intent.created_ms)
+    queue_intent(db, replace(intent, runner_id=row.runner_id, lease=lease))
+    state = WorktreeState.REMOVING
+    row = replace(row, state=state, cmd_id=intent.cmd_id, reason=None, detail="", retry_after_ms=None)
     tables.put_worktree(db, row)
     return row
 
 
+def _worktree_lease(db: Db, row: WorktreeRow, now_ms: int) -> bytes:
+    """A token for one order about a worktree: the marker of its owner refuses an order that a later one has overtaken."""
+    return next_lease(db, worktree_resource(row.id), OnLoss.CONTINUE, token_floor(row.created_ms, now_ms)).dump()
+
+
+def next_lease(db: Db, res: str, on_loss: OnLoss, floor: int) -> LeaseGrant:
+    """A grant of a resource under the next token, at least `floor`."""
+    return LeaseGrant(res=res, token=tables.grant_token(db, res, floor), ttl_ms=LEASE_TTL_MS, on_loss=on_loss)
+
+
 # --- sending -----------------------------------------------------------------------------------------------------
+
+
+def is_due(db: Db, runner_id: str, permit: Permit) -> bool:
+    """Whether anything is queued that `permit` lets through."""
+    ctl = _ctl_kinds(permit) if permit.room > 0 else ()
+    return tables.is_queued(db, runner_id, (*_KINDS_OF[Stream.SAFETY], *ctl))
 
 
 def dispatch(db: Db, runner_id: str, org: str, permit: Permit, now_ms: int) -> Sent:
@@ -150,8 +176,9 @@ def dispatch(db: Db, runner_id: str, org: str, permit: Permit, now_ms: int) -> S
     if runner is None or runner.session != permit.session:
         return Sent()
     safety = tables.queued_intents(db, runner_id, _KINDS_OF[Stream.SAFETY], max(permit.safety_room, 0))
-    ctl = tables.queued_intents(db, runner_id, _KINDS_OF[Stream.CTL], max(permit.room, 0))
-    queue = [*safety, *ctl]
+    ctl = tables.queued_intents(db, runner_id, _ctl_kinds(permit), max(permit.room, 0))
+    dropped = [intent for intent in ctl if _drop(db, intent)]
+    queue = [*safety, *(intent for intent in ctl if intent not in dropped)]
     address = orders.Address(org=org, runner=runner.id, inc=runner.inc, keyset_min=runner.keyset_version)
     done = orders.number(
         queue,
@@ -169,8 +196,39 @@ def dispatch(db: Db, runner_id: str, org: str, permit: Permit, now_ms: int) -> S
         tables.put_runner(db, replace(runner, ctl=done.ctl))
     for intent in done.expired:
         _expire(db, intent)
-    touched = {intents[command.cmd_id].subject for command in done.commands} | {row.subject for row in done.expired}
+    touched = {intents[command.cmd_id].subject for command in done.commands}
+    touched |= {row.subject for row in (*done.expired, *dropped)}
     return Sent(commands=done.commands, touched=tuple(touched))
+
+
+def _ctl_kinds(permit: Permit) -> tuple[str, ...]:
+    kinds = _KINDS_OF[Stream.CTL]
+    return kinds if permit.beginning else tuple(kind for kind in kinds if kind not in _BEGINNING)
+
+
+def _drop(db: Db, intent: IntentRow) -> bool:
+    """Give up what is not wanted any more: a start whose place was taken, a lease for what is stopped or over."""
+    if intent.kind not in (Kind.EXECUTION_START, Kind.LEASE_ACQUIRE):
+        return False
+    current = tables.execution(db, intent.subject)
+    superseded = current is not None and current.start_token != intent.start_token
+    if intent.kind == Kind.EXECUTION_START:
+        if superseded:
+            call_back_start(db, intent)
+        return superseded
+    wanted = current is not None and not superseded and not current.state.final and current.stop_cmd_id is None
+    if not wanted:
+        tables.put_intent_state(db, replace(intent, state=IntentState.CANCELLED))
+    return not wanted
+
+
+def call_back_start(db: Db, start: IntentRow) -> None:
+    """Never send the start of an attempt whose place was taken. What its runner may tell of an earlier form still counts."""
+    tables.put_intent_state(db, replace(start, state=IntentState.CANCELLED))
+    row = tables.attempt(db, start.subject, start.start_token)
+    if row is not None and not row.state.final:
+        detail = "a later attempt took its place"
+        tables.put_execution(db, replace(row, state=ExecutionState.CANCELLED, detail=detail))
 
 
 def expire(db: Db, now_ms: int) -> Sent:
@@ -185,8 +243,13 @@ def expire(db: Db, now_ms: int) -> Sent:
 
 def _sent(db: Db, intent: IntentRow) -> None:
     tables.put_intent_state(db, replace(intent, state=IntentState.SENT, signed_times=intent.signed_times + 1))
-    execution = tables.execution(db, intent.subject) if intent.kind == Kind.EXECUTION_START else None
-    if execution is not None and execution.state is ExecutionState.QUEUED:
+    execution = tables.attempt(db, intent.subject, intent.start_token) if intent.kind in _LEASED else None
+    if execution is not None and intent.kind == Kind.LEASE_ACQUIRE:
+        assert intent.lease is not None, "it is what this kind is for"
+        # From here on only the new token is renewed, whatever becomes of the command.
+        execution = replace(execution, lease_token=LeaseGrant.parse(intent.lease).token, lease_refused=None)
+        tables.put_execution(db, execution)
+    elif execution is not None and execution.state is ExecutionState.QUEUED:
         tables.put_execution(db, replace(execution, state=ExecutionState.SENT))
     worktree = tables.worktree(db, intent.subject) if intent.kind == Kind.WORKTREE_CREATE else None
     if worktree is not None and worktree.state is WorktreeState.QUEUED:
@@ -196,7 +259,8 @@ def _sent(db: Db, intent: IntentRow) -> None:
 def _expire(db: Db, intent: IntentRow) -> None:
     tables.put_intent_state(db, replace(intent, state=IntentState.EXPIRED))
     detail = "no runner took it in time"
-    execution = tables.execution(db, intent.subject) if intent.kind == Kind.EXECUTION_START else None
+    start = intent.kind == Kind.EXECUTION_START
+    execution = tables.attempt(db, intent.subject, intent.start_token) if start else None
     if execution is not None and not execution.state.final:
         row = replace(execution, state=ExecutionState.CANCELLED, reason=Reason.EXPIRED, detail=detail)
         tables.put_execution(db, row)

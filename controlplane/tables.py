@@ -1,4 +1,4 @@
-"""Rows to SQL and back: every statement of the control plane that touches one table.
+"""Rows to SQL and back: runners, intents, commands, executions and their attempts, worktrees, tokens.
 
 Each function takes a connection and runs inside the caller's transaction (`store`), or reads committed rows.
 """
@@ -6,20 +6,16 @@ Each function takes a connection and runs inside the caller's transaction (`stor
 import json
 import sqlite3
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
-from controlplane.limits import EVENTS_PER_RUNNER_MAX
 from controlplane.rows import (
     CommandRow,
-    EventRow,
     ExecutionRow,
     ExecutionState,
     IntentRow,
     IntentState,
     JoinTokenRow,
-    LogRow,
     RunnerRow,
-    StatementRow,
     WorktreeRow,
     WorktreeState,
 )
@@ -27,6 +23,17 @@ from protocol.ids import Digest
 from protocol.replay import Mark
 
 Db = sqlite3.Connection
+_ATTEMPT_TABLES: Final = ("executions", "attempts")
+"""An attempt is in exactly one of them: the current one in the first."""
+_EXECUTION: Final = (
+    "id", "runner_id", "start_token", "state", "argv", "cwd", "worktree_id", "cmd_id", "stop_cmd_id", "created_ms",
+    "receipt", "settlement", "settlement_digest", "exit_status", "reason", "detail", "lease_token", "lease_refused",
+    "verdict",
+)  # fmt: skip
+"""Columns of both, in their order."""
+_COLUMNS: Final = ", ".join(_EXECUTION)
+_INTO_EXECUTIONS: Final = f"INTO executions VALUES ({','.join('?' * len(_EXECUTION))})"
+_INTO_ATTEMPTS: Final = f"INTO attempts VALUES ({','.join('?' * len(_EXECUTION))})"
 
 
 # --- runners -----------------------------------------------------------------------------------------------------
@@ -35,11 +42,12 @@ Db = sqlite3.Connection
 def put_runner(db: Db, row: RunnerRow) -> None:
     """Write a runner whole."""
     db.execute(
-        "INSERT OR REPLACE INTO runners VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+        "INSERT OR REPLACE INTO runners VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
         (
             row.id, row.name, row.x, row.seal_x, json.dumps(row.labels), row.living, row.inc, row.certificate,
             row.session, row.ctl.hw, row.ctl.head, row.acked_hw, row.out_hw, row.keyset_version, row.enrolled_ms,
             row.last_seen_ms, row.version, row.platform, row.hostname, row.policy_digest, row.attempts,
+            row.instance, row.dial, row.boot_id, json.dumps(row.retired), row.conflict,
         ),
     )  # fmt: skip
 
@@ -70,7 +78,8 @@ def _runner(found: sqlite3.Row) -> RunnerRow:
     fields: dict[str, Any] = dict(found)
     ctl = Mark(fields.pop("ctl_hw"), Digest(fields.pop("ctl_head")))
     labels, living = json.loads(fields.pop("labels")), bool(fields.pop("living"))
-    return RunnerRow(ctl=ctl, labels=labels, living=living, **fields)
+    retired = tuple(json.loads(fields.pop("retired")))
+    return RunnerRow(ctl=ctl, labels=labels, living=living, retired=retired, **fields)
 
 
 def put_join_token(db: Db, row: JoinTokenRow) -> None:
@@ -96,11 +105,11 @@ def join_token(db: Db, token_hash: str) -> JoinTokenRow | None:
 def add_intent(db: Db, row: IntentRow) -> None:
     """Queue an intent behind the others."""
     db.execute(
-        "INSERT INTO intents (cmd_id, runner_id, kind, subject, args, lease, state, created_ms, expires_ms, signed_times)"
-        " VALUES (?,?,?,?,?,?,?,?,?,?)",
+        "INSERT INTO intents (cmd_id, runner_id, kind, subject, args, lease, state, created_ms, expires_ms, signed_times,"
+        " actor, waits_for) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
         (
             row.cmd_id, row.runner_id, row.kind, row.subject, row.args, row.lease, row.state, row.created_ms,
-            row.expires_ms, row.signed_times,
+            row.expires_ms, row.signed_times, row.actor, row.waits_for,
         ),
     )  # fmt: skip
 
@@ -145,6 +154,24 @@ def queued_count(db: Db, runner_id: str) -> int:
     return int(db.execute(sql, (runner_id,)).fetchone()[0])
 
 
+def is_queued(db: Db, runner_id: str, kinds: tuple[str, ...]) -> bool:
+    """Whether an intent of one of these kinds is queued for a runner."""
+    marks = ",".join("?" * len(kinds))
+    sql = f"SELECT 1 FROM intents WHERE runner_id = ? AND state = 'queued' AND kind IN ({marks}) LIMIT 1"  # noqa: S608
+    return db.execute(sql, (runner_id, *kinds)).fetchone() is not None
+
+
+def held_intents(db: Db) -> list[IntentRow]:
+    """Intents that wait for the lease of another attempt."""
+    return [_intent(found) for found in db.execute("SELECT * FROM intents WHERE state = 'held' ORDER BY ordinal")]
+
+
+def open_intents(db: Db, subject: str, kind: str) -> list[IntentRow]:
+    """Intents of a kind about a subject that have no answer yet."""
+    sql = "SELECT * FROM intents WHERE subject = ? AND kind = ? AND state IN ('queued', 'sent') ORDER BY ordinal"
+    return [_intent(found) for found in db.execute(sql, (subject, kind))]
+
+
 def _intent(found: sqlite3.Row) -> IntentRow:
     fields: dict[str, Any] = dict(found)
     del fields["ordinal"]
@@ -181,6 +208,13 @@ def open_safety(db: Db, runner_id: str, inc: int) -> list[CommandRow]:
     return [CommandRow(**dict(found)) for found in db.execute(sql, (runner_id, inc))]
 
 
+def command_of(db: Db, runner_id: str, inc: int, cmd_id: str) -> CommandRow | None:
+    """What was signed under a `cmd_id` for an incarnation of a runner."""
+    sql = "SELECT * FROM commands WHERE cmd_id = ? AND runner_id = ? AND inc = ?"
+    found = db.execute(sql, (cmd_id, runner_id, inc)).fetchone()
+    return None if found is None else CommandRow(**dict(found))
+
+
 def was_sent(db: Db, runner_id: str, cmd_id: str) -> bool:
     """Whether a command of this id was signed for the runner."""
     sql = "SELECT 1 FROM commands WHERE cmd_id = ? AND runner_id = ?"
@@ -190,22 +224,84 @@ def was_sent(db: Db, runner_id: str, cmd_id: str) -> bool:
 # --- executions and worktrees ------------------------------------------------------------------------------------
 
 
+def add_execution(db: Db, row: ExecutionRow) -> None:
+    """Write a new execution."""
+    db.execute(f"INSERT {_INTO_EXECUTIONS}", _values(row))
+
+
 def put_execution(db: Db, row: ExecutionRow) -> None:
-    """Write an execution whole."""
-    db.execute(
-        "INSERT OR REPLACE INTO executions VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
-        (
-            row.id, row.runner_id, row.start_token, row.state, json.dumps(row.argv), row.cwd, row.worktree_id, row.cmd_id,
-            row.stop_cmd_id, row.created_ms, row.receipt, row.settlement, row.settlement_digest, row.exit_status,
-            row.reason, row.detail,
-        ),
-    )  # fmt: skip
+    """Write what of an attempt may change. How it ended is written by `settle` alone, and nothing is behind that."""
+    for table in _ATTEMPT_TABLES:
+        db.execute(
+            f"UPDATE {table} SET stop_cmd_id = ?, receipt = ?, lease_token = ?, lease_refused = ?"  # noqa: S608
+            " WHERE id = ? AND start_token = ?",
+            (row.stop_cmd_id, row.receipt, row.lease_token, row.lease_refused, row.id, row.start_token),
+        )
+        db.execute(
+            f"UPDATE {table} SET state = ?, exit_status = ?, reason = ?, detail = ?, verdict = ?"  # noqa: S608
+            " WHERE id = ? AND start_token = ? AND settlement IS NULL",
+            (row.state, row.exit_status, row.reason, row.detail, row.verdict, row.id, row.start_token),
+        )
+
+
+def settle(db: Db, row: ExecutionRow) -> bool:
+    """Write how an attempt ended, if nobody has: compare and set. False when it was settled before."""
+    changed = 0
+    for table in _ATTEMPT_TABLES:
+        changed += db.execute(
+            f"UPDATE {table} SET state = ?, settlement = ?, settlement_digest = ?, exit_status = ?, reason = ?, detail = ?,"  # noqa: S608
+            " verdict = ? WHERE id = ? AND start_token = ? AND settlement IS NULL",
+            (
+                row.state, row.settlement, row.settlement_digest, row.exit_status, row.reason, row.detail, row.verdict,
+                row.id, row.start_token,
+            ),
+        ).rowcount  # fmt: skip
+    return changed == 1
+
+
+def add_attempt(db: Db, row: ExecutionRow) -> None:
+    """Write an attempt where it belongs: as the first of its execution, as the current one, or among the earlier ones."""
+    current = execution(db, row.id)
+    if current is None:
+        add_execution(db, row)
+    elif current.start_token < row.start_token:
+        supersede(db, row)
+    else:
+        db.execute(f"INSERT {_INTO_ATTEMPTS}", _values(row))
+
+
+def supersede(db: Db, row: ExecutionRow) -> None:
+    """A later attempt becomes the current one; the one before it is kept in the history."""
+    db.execute(f"INSERT INTO attempts ({_COLUMNS}) SELECT {_COLUMNS} FROM executions WHERE id = ?", (row.id,))  # noqa: S608
+    db.execute(f"INSERT OR REPLACE {_INTO_EXECUTIONS}", _values(row))
 
 
 def execution(db: Db, execution_id: str) -> ExecutionRow | None:
-    """An execution by id."""
+    """An execution by id, as its current attempt."""
     found = db.execute("SELECT * FROM executions WHERE id = ?", (execution_id,)).fetchone()
     return None if found is None else _execution(found)
+
+
+def attempt(db: Db, execution_id: str, start_token: int | None) -> ExecutionRow | None:
+    """One attempt of an execution, the current one or an earlier one."""
+    for table in _ATTEMPT_TABLES:
+        sql = f"SELECT * FROM {table} WHERE id = ? AND start_token = ?"  # noqa: S608
+        found = db.execute(sql, (execution_id, start_token)).fetchone()
+        if found is not None:
+            return _execution(found)
+    return None
+
+
+def earlier_attempts(db: Db, execution_id: str) -> list[ExecutionRow]:
+    """The attempts of an execution before the current one, oldest first."""
+    sql = "SELECT * FROM attempts WHERE id = ? ORDER BY start_token"
+    return [_execution(found) for found in db.execute(sql, (execution_id,))]
+
+
+def attempts(db: Db, execution_id: str) -> list[ExecutionRow]:
+    """Every attempt of an execution, the current one last."""
+    current = execution(db, execution_id)
+    return [] if current is None else [*earlier_attempts(db, execution_id), current]
 
 
 def executions(db: Db, runner_id: str | None, state: str | None, limit: int) -> list[ExecutionRow]:
@@ -223,6 +319,17 @@ def living_executions(db: Db) -> Iterator[ExecutionRow]:
     return (_execution(found) for found in db.execute(sql))
 
 
+def living_earlier(db: Db) -> Iterator[ExecutionRow]:
+    """Earlier attempts that are not final."""
+    sql = "SELECT * FROM attempts WHERE state IN ('queued', 'sent', 'running')"
+    return (_execution(found) for found in db.execute(sql))
+
+
+def _values(row: ExecutionRow) -> tuple[Any, ...]:
+    values = {name: getattr(row, name) for name in _EXECUTION}
+    return tuple((values | {"argv": json.dumps(row.argv)}).values())
+
+
 def _execution(found: sqlite3.Row) -> ExecutionRow:
     fields: dict[str, Any] = dict(found)
     argv, state = tuple(json.loads(fields.pop("argv"))), ExecutionState(fields.pop("state"))
@@ -232,10 +339,10 @@ def _execution(found: sqlite3.Row) -> ExecutionRow:
 def put_worktree(db: Db, row: WorktreeRow) -> None:
     """Write a worktree whole."""
     db.execute(
-        "INSERT OR REPLACE INTO worktrees VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
+        "INSERT OR REPLACE INTO worktrees VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
         (
             row.id, row.runner_id, row.state, row.repo, row.base, row.branch, row.path, row.head, row.cmd_id,
-            row.created_ms, row.reason, row.detail,
+            row.created_ms, row.reason, row.detail, row.retry_after_ms,
         ),
     )  # fmt: skip
 
@@ -257,88 +364,16 @@ def _worktree(found: sqlite3.Row) -> WorktreeRow:
     return WorktreeRow(state=WorktreeState(fields.pop("state")), **fields)
 
 
-def grant_token(db: Db, res: str) -> int:
-    """The next lease token of a resource."""
-    sql = "INSERT INTO lease_tokens VALUES (?, 1) ON CONFLICT (res) DO UPDATE SET token = token + 1 RETURNING token"
-    return int(db.execute(sql, (res,)).fetchone()[0])
+def grant_token(db: Db, res: str, floor: int = 1) -> int:
+    """The next lease token of a resource, at least `floor`."""
+    sql = (
+        "INSERT INTO lease_tokens VALUES (?1, ?2)"
+        " ON CONFLICT (res) DO UPDATE SET token = max(token + 1, ?2) RETURNING token"
+    )
+    return int(db.execute(sql, (res, floor)).fetchone()[0])
 
 
 def raise_token(db: Db, res: str, token: int) -> None:
     """Never grant `token` or a lower one again: a runner has told of it."""
     sql = "INSERT INTO lease_tokens VALUES (?1, ?2) ON CONFLICT (res) DO UPDATE SET token = max(token, ?2)"
     db.execute(sql, (res, token))
-
-
-# --- what runners tell -------------------------------------------------------------------------------------------
-
-
-def answered(db: Db, runner_id: str, out_seq: int, body: str) -> tuple[bool, str | None]:
-    """Whether these bytes were answered under this number, and the reason if they were refused."""
-    sql = "SELECT reason FROM answered WHERE runner_id = ? AND out_seq = ? AND body = ?"
-    found = db.execute(sql, (runner_id, out_seq, body)).fetchone()
-    return (False, None) if found is None else (True, found[0])
-
-
-def put_answered(db: Db, runner_id: str, out_seq: int, body: str, reason: str | None) -> None:
-    """Remember a final answer."""
-    db.execute("INSERT OR IGNORE INTO answered VALUES (?,?,?,?)", (runner_id, out_seq, body, reason))
-
-
-def put_statement(db: Db, row: StatementRow) -> None:
-    """Keep a statement; the same one again changes nothing."""
-    db.execute(
-        "INSERT OR IGNORE INTO statements VALUES (?,?,?,?,?,?,?,?)",
-        (
-            row.digest, row.runner_id, row.kind, row.cmd_id, row.subject, row.envelope, row.payload, row.received_ms,
-        ),
-    )  # fmt: skip
-
-
-def statements(db: Db, about: str, limit: int) -> list[StatementRow]:
-    """Statements about an execution, worktree or command, oldest first."""
-    sql = (
-        "SELECT * FROM (SELECT * FROM statements WHERE subject = ?1 UNION SELECT * FROM statements WHERE cmd_id = ?1)"
-        " ORDER BY received_ms, kind, digest LIMIT ?2"
-    )
-    return [StatementRow(**dict(found)) for found in db.execute(sql, (about, limit))]
-
-
-def add_event(db: Db, row: EventRow) -> None:
-    """Append an event; of each runner the newest are kept."""
-    added = db.execute(
-        "INSERT INTO events (runner_id, at_ms, kind, reason, detail, digest) VALUES (?,?,?,?,?,?)",
-        (row.runner_id, row.at_ms, row.kind, row.reason, row.detail, row.digest),
-    )
-    assert added.lastrowid is not None, "an ordinal is given by the table"
-    sql = (
-        "DELETE FROM events WHERE runner_id = ?1 AND ordinal <= (SELECT ordinal FROM events WHERE runner_id = ?1"
-        " ORDER BY ordinal DESC LIMIT 1 OFFSET ?2)"
-    )
-    db.execute(sql, (row.runner_id, EVENTS_PER_RUNNER_MAX))
-
-
-def events(db: Db, runner_id: str | None, limit: int) -> list[EventRow]:
-    """Events, newest first."""
-    sql = (
-        "SELECT runner_id, at_ms, kind, reason, detail, digest FROM events WHERE (?1 IS NULL OR runner_id = ?1)"
-        " ORDER BY ordinal DESC LIMIT ?2"
-    )
-    return [EventRow(**dict(found)) for found in db.execute(sql, (runner_id, limit))]
-
-
-def put_log(db: Db, row: LogRow) -> None:
-    """Write how much of a log is durable."""
-    db.execute(
-        "INSERT OR REPLACE INTO logs VALUES (?,?,?,?,?)",
-        (row.attempt, row.runner_id, row.end, row.complete, json.dumps(row.gaps)),
-    )
-
-
-def log(db: Db, attempt: str) -> LogRow | None:
-    """How much of an attempt's log is durable."""
-    found = db.execute("SELECT * FROM logs WHERE attempt = ?", (attempt,)).fetchone()
-    if found is None:
-        return None
-    fields: dict[str, Any] = dict(found)
-    gaps = tuple((start, end) for start, end in json.loads(fields.pop("gaps")))
-    return LogRow(gaps=gaps, complete=bool(fields.pop("complete")), **fields)

@@ -1,9 +1,8 @@
-"""`exec`, `ps`, `logs` and `stop`: executions, as a person at a shell wants them."""
+"""`exec`, `ps` and `logs`: executions, as a person at a shell wants them."""
 
 import os
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 import click
@@ -19,24 +18,24 @@ from controlplane.follow import (
     wait_for_end,
 )
 from controlplane.reach import (
+    LIVING,
     ExitCode,
     Reach,
     explain,
     pairs,
     pass_reach,
     path_id,
+    secret,
     without_none,
 )
-from controlplane.render import complain, moment, print_table
+from controlplane.render import complain, moment, print_table, try_again
 from protocol.errors import RemoteError
-from protocol.limits import SECRET_BYTES_MAX
 from protocol.logtext import LogText
 from terminal.options import DURATION, SIZE, as_json
 from terminal.printing import log_text, print_json, shell_words, write_piece
 
 LIST_MAX: Final = 500
 """Executions in one listing: what a control plane gives at most."""
-_LIVING: Final = ("queued", "sent", "running")
 
 
 @click.command("exec", short_help="Run a command on a runner.")
@@ -90,14 +89,16 @@ def execute(
             if detach:
                 print_json(ordered) if as_json else click.echo(ordered["id"])
                 return
-            ended = _be(client, ordered["id"], log_text(raw=True), quiet=as_json)
+            if ordered["waits"]:
+                tell_on_stderr(f"{ordered['id']} waits: {ordered['waits']}")
+            ended = _be(client, ordered, log_text(raw=True), quiet=as_json)
         except Left:
             complain("left; it goes on until it has stopped", f"runner-control logs -f {ordered['id']}")
             ctx.exit(ExitCode.INTERRUPTED)
         except BrokenPipeError:
             if detach:
                 raise
-            _stop_unread(client, ordered["id"])
+            _stop_unread(client, ordered)
             ctx.exit(ExitCode.UNREAD)
         except (PlaneRefused, PlaneUnreachable, RemoteError) as exc:
             explain(exc)
@@ -133,56 +134,39 @@ def _body(
             "worktree": worktree,
             "subdir": subdir,
             "env": pairs(env, "--env"),
-            "secrets": dict(map(_secret, secrets)),
+            "secrets": dict(map(secret, secrets)),
             "timeout_ms": timeout,
             "grace_ms": grace,
         }
     )
 
 
-def _secret(given: str) -> tuple[str, str]:
-    name, equals, source = given.partition("=")
-    hint = "--secret"
-    if not equals:
-        if name not in os.environ:
-            raise click.BadParameter(f"{name} is not in this environment", param_hint=hint)
-        return name, os.environ[name]
-    if not name or not source.startswith("@"):
-        raise click.BadParameter("expected NAME or NAME=@FILE: others can see arguments of commands", param_hint=hint)
-    try:
-        with Path(source[1:]).open("rb") as file:
-            value = file.read(SECRET_BYTES_MAX + 2)
-        text = value.decode("utf-8").removesuffix("\n")
-    except OSError as exc:
-        raise click.BadParameter(f"{source[1:]}: {exc.strerror}", param_hint=hint) from None
-    except UnicodeDecodeError:
-        raise click.BadParameter(f"{source[1:]} is not UTF-8 text", param_hint=hint) from None
-    if len(text.encode()) > SECRET_BYTES_MAX:
-        raise click.BadParameter(f"{source[1:]} is longer than {SECRET_BYTES_MAX} bytes", param_hint=hint)
-    return name, text
-
-
-def _be(client: PlaneClient, execution_id: str, text: LogText, *, quiet: bool) -> Json:
-    """Follow the execution to its end; ^C stops it."""
-    stop = partial(stop_aside, client.url, client.token, execution_id, tell_on_stderr)
+def _be(client: PlaneClient, ordered: Json, text: LogText, *, quiet: bool) -> Json:
+    """Follow the attempt to its end; ^C stops it. What somebody else has run again later is not ours."""
+    execution_id, attempt = ordered["id"], ordered["start_token"]
+    stop = partial(stop_aside, client.url, client.token, execution_id, attempt, tell_on_stderr)
     with stop_at_interrupt(stop, tell_on_stderr):
         if not quiet:
-            follow_log(client, execution_id, 0, text, write_piece)
-        return wait_for_end(client, execution_id)
+            follow_log(client, execution_id, 0, text, write_piece, attempt)
+        return wait_for_end(client, execution_id, attempt)
 
 
-def _stop_unread(client: PlaneClient, execution_id: str) -> None:
+def _stop_unread(client: PlaneClient, ordered: Json) -> None:
     """Whoever read the output has left: end the execution, as a broken pipe ends a command of this machine."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     # What is still buffered for the reader would fail once more when this process ends.
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
+    execution_id = ordered["id"]
     complain(f"nobody reads its output any more: stopping {execution_id}", f"runner-control show {execution_id}")
-    stop_aside(client.url, client.token, execution_id, tell_on_stderr)
+    stop_aside(client.url, client.token, execution_id, ordered["start_token"], tell_on_stderr)
 
 
 def _status(ended: Json) -> int:
     """The exit status, with a word on stderr where it is not the command's own doing."""
+    if ended["state"] in LIVING:
+        complain(f"{ended['id']}: a later attempt took its place", f"runner-control logs -f {ended['id']}")
+        return ExitCode.FAILED
     settlement = ended["settlement"] or {}
     verdict, cause = settlement.get("verdict"), settlement.get("cause") or {}
     if verdict in ("exited", "signalled"):
@@ -190,8 +174,9 @@ def _status(ended: Json) -> int:
     why = " ".join(
         str(part) for part in (ended["reason"] or cause.get("reason"), ended["detail"] or cause.get("detail")) if part
     )
-    words = str(verdict or ended["state"]).replace("_", " ")
-    complain(f"{ended['id']} {words}{': ' if why else ''}{why}", f"runner-control show {ended['id']}")
+    words = str(ended["verdict"] or ended["state"]).replace("_", " ")
+    again = try_again(ended["retry_after_ms"])
+    complain(f"{ended['id']} {words}{': ' if why else ''}{why}{again}", f"runner-control show {ended['id']}")
     status = ended["exit_status"]
     return ExitCode.FAILED if status is None else int(status)
 
@@ -210,7 +195,7 @@ def ps(reach: Reach, everything: bool, runner: str | None, as_json: bool) -> Non
       runner-control ps --all --runner laptop --json
     """
     with reach.client() as client:
-        states: tuple[str | None, ...] = (None,) if everything else _LIVING
+        states: tuple[str | None, ...] = (None,) if everything else LIVING
         answers = [client.get("/executions", runner=runner, state=state, limit=LIST_MAX) for state in states]
     found = [one for answer in answers for one in answer["executions"]]
     found.sort(key=lambda one: (-one["created_ms"], one["id"]))
@@ -222,12 +207,12 @@ def ps(reach: Reach, everything: bool, runner: str | None, as_json: bool) -> Non
 
 def _row(one: Json) -> tuple[str, ...]:
     status = "-" if one["exit_status"] is None else str(one["exit_status"])
-    stopping = "stopping" if one["stop_requested"] and one["state"] in _LIVING else one["state"]
+    stopping = "stopping" if one["stop_requested"] and one["state"] in LIVING else one["state"]
     return (
         one["id"],
         one["runner_name"],
         stopping,
-        one["reason"] or status,
+        one["waits"] or one["reason"] or status,
         moment(one["created_ms"]),
         str(one["log"]["end"]),
         shell_words(one["argv"]),
@@ -241,8 +226,9 @@ def _row(one: Json) -> tuple[str, ...]:
     "--offset", type=SIZE, default=0, metavar="BYTES", help="Begin at this offset of the log, where a record begins."
 )
 @click.option("--raw", is_flag=True, help="Send control characters to the terminal as they are.")
+@click.option("--attempt", type=click.IntRange(min=1), metavar="N", help="Of this attempt [default: the current one].")
 @pass_reach
-def logs(reach: Reach, execution_id: str, follow: bool, offset: int, raw: bool) -> None:
+def logs(reach: Reach, execution_id: str, follow: bool, offset: int, raw: bool, attempt: int | None) -> None:
     """Print what an execution wrote, as the control plane has it: stdout to stdout, stderr to stderr, byte for byte.
 
     What is lost is named on stderr: [gap: N bytes missing]. At a terminal control characters are shown escaped,
@@ -256,29 +242,7 @@ def logs(reach: Reach, execution_id: str, follow: bool, offset: int, raw: bool) 
     """
     with reach.client() as client:
         show = follow_log if follow else print_log
-        show(client, path_id(execution_id), offset, log_text(raw=raw), write_piece)
+        show(client, path_id(execution_id), offset, log_text(raw=raw), write_piece, attempt)
 
 
-@click.command(short_help="Stop an execution.")
-@click.argument("execution_id", metavar="ID")
-@click.option(
-    "--grace", type=DURATION, metavar="DURATION", help="Between TERM and KILL [default: the execution's own]."
-)
-@as_json
-@pass_reach
-def stop(reach: Reach, execution_id: str, grace: int | None, as_json: bool) -> None:
-    """Order an execution to stop; one that has ended stays as it is.
-
-    \b
-    Example:
-      runner-control stop ex_1 --grace 2s
-    """
-    with reach.client() as client:
-        said = client.post(f"/executions/{path_id(execution_id)}/stop", without_none({"grace_ms": grace}))
-    if as_json:
-        print_json(said)
-    else:
-        click.echo(f"{said['id']} is {'stopping' if said['state'] in _LIVING else said['state']}")
-
-
-VERBS: Final[tuple[click.Command, ...]] = (execute, ps, logs, stop)
+VERBS: Final[tuple[click.Command, ...]] = (execute, ps, logs)

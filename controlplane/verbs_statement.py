@@ -8,7 +8,7 @@ import click
 
 from controlplane.client import Json, PlaneClient, PlaneRefused
 from controlplane.reach import Reach, pass_reach, path_id
-from controlplane.render import complain, moment, print_table
+from controlplane.render import complain, moment, print_table, try_again
 from protocol.text import show_age, show_duration
 from terminal.options import as_json
 from terminal.printing import print_facts, print_json, shell_words
@@ -17,57 +17,104 @@ NOT_FOUND: Final = 404
 _SAFE_NAME: Final = re.compile(r"[^A-Za-z0-9_.-]")
 
 
-@click.command(short_help="Tell all about an execution or worktree.")
+@click.command(short_help="Tell all about an execution, worktree or runner.")
 @click.argument("wanted", metavar="ID")
 @as_json
 @pass_reach
 def show(reach: Reach, wanted: str, as_json: bool) -> None:
-    """Tell all about an execution or worktree: how it ended, its streams as the child wrote them and as they are stored here.
+    """Tell all about an execution, worktree or runner.
+
+    Of an execution: how it ended, its attempts, its streams as the child wrote them and as they are stored here. Of a
+    runner: whether it takes work, what lives there that nobody here started, whether another machine has its key.
 
     \b
     Examples:
       runner-control show ex_1
       runner-control show ex_1 --json | jq .digests.streams
+      runner-control show laptop
     """
     path_id(wanted)
     with reach.client() as client:
-        try:
-            found = client.get(f"/executions/{wanted}")
-        except PlaneRefused as exc:
-            if exc.status != NOT_FOUND:
-                raise
-            found = _worktree_or_nothing(client, wanted)
-            print_json(found) if as_json else print_facts(_worktree(found))
+        found = _found(client, f"/executions/{wanted}")
+        if found is None:
+            other = _found(client, f"/worktrees/{wanted}")
+            shown = other or _runner_or_nothing(client, wanted)
+            print_json(shown) if as_json else print_facts(_runner(shown) if other is None else _worktree(shown))
             return
         digests = client.get(f"/executions/{wanted}/digests")
+        attempts = client.get(f"/executions/{wanted}/attempts")["attempts"]
     if as_json:
-        print_json({**found, "digests": digests})
+        print_json({**found, "digests": digests, "attempts": attempts})
         return
-    print_facts([*_execution(found), *_streams(found, digests), *_statements(found)])
+    earlier = [_attempt(one) for one in attempts[:-1]]
+    print_facts([*_execution(found), *earlier, *_streams(found, digests), *_statements(found)])
 
 
-def _worktree_or_nothing(client: PlaneClient, wanted: str) -> Json:
-    """The worktree of this id. Raises PlaneRefused that speaks of executions, too: both were looked for."""
+def _found(client: PlaneClient, path: str) -> Json | None:
     try:
-        return client.get(f"/worktrees/{wanted}")
+        return client.get(path)
     except PlaneRefused as exc:
         if exc.status != NOT_FOUND:
             raise
-        raise PlaneRefused(exc.status, exc.reason, "no execution and no worktree has this id") from None
+        return None
+
+
+def _runner_or_nothing(client: PlaneClient, wanted: str) -> Json:
+    """The runner of this id or name. Raises PlaneRefused that speaks of everything that was looked for."""
+    found = _found(client, f"/runners/{wanted}")
+    if found is None:
+        raise PlaneRefused(NOT_FOUND, "UNKNOWN_EXECUTION", "no execution, worktree or runner has this id or name")
+    return found
+
+
+def _runner(found: Json) -> list[tuple[str, str]]:
+    words = "online" if found["online"] else "offline"
+    facts = [
+        ("runner", f"{found['name']} ({found['id']})"),
+        ("session", f"{words}, {found['admission']}" if found["admission"] else words),
+        ("seen", moment(found["last_seen_ms"])),
+        ("host", f"{found['hostname'] or '-'}, boot {found['boot_id'] or '-'}"),
+        ("version", f"{found['version']} on {found['platform']}"),
+        ("incarnation", str(found["inc"])),
+        ("key", found["key_id"]),
+        ("policy", found["policy_digest"]),
+        ("labels", " ".join(f"{name}={value}" for name, value in found["labels"].items()) or "-"),
+        ("attempts", f"{found['attempts']} when it connected"),
+    ]
+    facts += [("unknown", f"{one['attempt']}: {one['why']}") for one in found["unknown"]]
+    if conflict := found["conflict"]:
+        facts.append(("CONFLICT", f"{conflict['detail']} ({moment(conflict['at_ms'])})"))
+    return facts
+
+
+def _attempt(one: Json) -> tuple[str, str]:
+    """An earlier attempt in one line."""
+    how = (one["verdict"] or one["state"]).replace("_", " ")
+    words = [f"{how} on {one['runner_name']}"]
+    words += [f"status {one['exit_status']}"] if one["exit_status"] is not None else []
+    words += [str(part) for part in (one["reason"], one["detail"]) if part]
+    return f"attempt {one['start_token']}", ", ".join(words)
 
 
 def _worktree(found: Json) -> list[tuple[str, str]]:
     names = ("id", "state", "repo", "base", "branch", "path", "head", "cmd_id", "reason", "detail")
     facts = [("runner", f"{found['runner_name']} ({found['runner']})"), ("created", moment(found["created_ms"]))]
-    return (
-        [(name, str(found[name])) for name in names[:2]] + facts + [(n, str(found[n])) for n in names[2:] if found[n]]
-    )
+    again = try_again(found["retry_after_ms"]).removeprefix("; ")
+    waits = [(name, words) for name, words in (("waits", found["waits"]), ("refused", again)) if words]
+    return [
+        *[(name, str(found[name])) for name in names[:2]],
+        *waits,
+        *facts,
+        *[(name, str(found[name])) for name in names[2:] if found[name]],
+    ]
 
 
 def _execution(found: Json) -> list[tuple[str, str]]:
     state = found["state"] + (", stop requested" if found["stop_requested"] else "")
+    state += f" ({found['waits']})" if found["waits"] else ""
+    state += f", {found['verdict']}" if found["verdict"] and not found["settlement"] else ""
     facts = [
-        ("execution", f"{found['id']}, attempt {found['start_token']}"),
+        ("execution", f"{found['id']}, attempt {found['start_token']}, lease token {found['lease_token']}"),
         ("runner", f"{found['runner_name']} ({found['runner']})"),
         ("command", shell_words(found["argv"])),
         ("directory", str(found["worktree"] or found["cwd"])),
@@ -75,7 +122,8 @@ def _execution(found: Json) -> list[tuple[str, str]]:
         ("state", state),
     ]
     if found["reason"] or found["detail"]:
-        facts.append(("reason", " ".join(str(part) for part in (found["reason"], found["detail"]) if part)))
+        why = " ".join(str(part) for part in (found["reason"], found["detail"]) if part)
+        facts.append(("reason", why + try_again(found["retry_after_ms"])))
     if found["exit_status"] is not None:
         facts.append(("exit status", str(found["exit_status"])))
     return facts
@@ -157,12 +205,8 @@ def receipts(reach: Reach, wanted: str, out: str | None, as_json: bool) -> None:
 
 def _say_nothing_signed(client: PlaneClient, wanted: str) -> None:
     """A word on stderr for what is known. Raises PlaneRefused for what is not."""
-    try:
-        client.get(f"/executions/{wanted}")
-    except PlaneRefused as exc:
-        if exc.status != NOT_FOUND:
-            raise
-        _worktree_or_nothing(client, wanted)
+    if _found(client, f"/executions/{wanted}") is None and _found(client, f"/worktrees/{wanted}") is None:
+        raise PlaneRefused(NOT_FOUND, "UNKNOWN_WORKTREE", "no execution and no worktree has this id")
     complain(f"the runner has signed nothing about {wanted} yet", f"runner-control show {wanted}")
 
 

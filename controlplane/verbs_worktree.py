@@ -5,7 +5,7 @@ import click
 from controlplane.client import WAIT_MS_MAX, Json, PlaneClient, PlaneUnreachable
 from controlplane.follow import Patience
 from controlplane.reach import ExitCode, Reach, pass_reach, path_id, without_none
-from controlplane.render import complain, moment, print_table
+from controlplane.render import complain, moment, print_table, try_again
 from terminal.options import as_json
 from terminal.printing import print_json
 
@@ -105,5 +105,6 @@ def _tell(ctx: click.Context, found: Json, wanted: str, line: str, *, as_json: b
         click.echo(line)
     if found["state"] != wanted or found["reason"]:
         why = " ".join(str(part) for part in (found["reason"], found["detail"]) if part)
+        why += try_again(found["retry_after_ms"])
         complain(f"{found['id']} is {found['state']}: {why}", f"runner-control show {found['id']}")
         ctx.exit(ExitCode.REFUSED)

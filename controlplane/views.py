@@ -1,11 +1,12 @@
 """What the control plane shows: rows as the JSON of the REST contract. Pure."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from controlplane.rows import EventRow, ExecutionRow, LogRow, RunnerRow, StatementRow, WorktreeRow
+from controlplane.rows import EventRow, ExecutionRow, ExecutionState, LogRow, RunnerRow, StatementRow, WorktreeRow
 
 JsonObject = dict[str, Any]
 
@@ -41,6 +42,14 @@ class Execution(_View):
     reason: str | None
     detail: str
     log: LogView
+    lease_token: int = 0
+    """Under which its lease runs; it rises when the lease is granted anew."""
+    verdict: str | None = None
+    """How it ended: what its runner signed, or `lost` where nobody will sign an end."""
+    waits: str = ""
+    """Why it is not sent although its runner is there."""
+    retry_after_ms: int | None = None
+    """When a runner that refused it for now is worth asking again."""
 
     @property
     def final(self) -> bool:
@@ -64,6 +73,19 @@ class Worktree(_View):
     created_ms: int
     reason: str | None
     detail: str
+    waits: str = ""
+    retry_after_ms: int | None = None
+
+
+class Stop(_View):
+    """A stop that was signed for an attempt which is no current one here."""
+
+    id: str
+    runner: str
+    runner_name: str
+    start_token: int
+    cmd_id: str
+    state: str
 
 
 class Runner(_View):
@@ -81,6 +103,14 @@ class Runner(_View):
     policy_digest: str
     attempts: int
     key_id: str
+    admission: str = ""
+    """Whether it takes new work, as it told last; empty when it is not there."""
+    boot_id: str = ""
+    instance: str = ""
+    unknown: list[JsonObject] = []
+    """Attempts that live there and that nobody here started."""
+    conflict: JsonObject | None = None
+    """The last other machine that had its key."""
 
 
 class Join(_View):
@@ -91,8 +121,11 @@ class Join(_View):
     expires_ms: int
 
 
-def execution_view(row: ExecutionRow, runner_name: str, log: LogRow | None) -> Execution:
-    """Show an execution."""
+def execution_view(row: ExecutionRow, runner_name: str, log: LogRow | None, waits: str = "") -> Execution:
+    """Show an execution, or one attempt of it."""
+    receipt = None if row.receipt is None else json.loads(row.receipt)
+    settlement = None if row.settlement is None else json.loads(row.settlement)
+    refusal = receipt if row.state is ExecutionState.REFUSED else None
     return Execution(
         id=row.id,
         runner=row.runner_id,
@@ -105,16 +138,20 @@ def execution_view(row: ExecutionRow, runner_name: str, log: LogRow | None) -> E
         created_ms=row.created_ms,
         cmd_id=row.cmd_id,
         stop_requested=row.stop_cmd_id is not None,
-        receipt=None if row.receipt is None else json.loads(row.receipt),
-        settlement=None if row.settlement is None else json.loads(row.settlement),
+        receipt=receipt,
+        settlement=settlement,
         exit_status=row.exit_status,
         reason=row.reason,
         detail=row.detail,
         log=LogView() if log is None else LogView(end=log.end, complete=log.complete),
+        lease_token=row.token,
+        verdict=settlement["verdict"] if settlement is not None else row.verdict,
+        waits=waits,
+        retry_after_ms=None if refusal is None else _count(refusal["result"].get("retry_after_ms")),
     )
 
 
-def worktree_view(row: WorktreeRow, runner_name: str) -> Worktree:
+def worktree_view(row: WorktreeRow, runner_name: str, waits: str = "") -> Worktree:
     """Show a worktree."""
     return Worktree(
         id=row.id,
@@ -130,10 +167,20 @@ def worktree_view(row: WorktreeRow, runner_name: str) -> Worktree:
         created_ms=row.created_ms,
         reason=row.reason,
         detail=row.detail,
+        waits=waits,
+        retry_after_ms=row.retry_after_ms,
     )
 
 
-def runner_view(row: RunnerRow, key_id: str, *, online: bool, last_seen_ms: int) -> Runner:
+def runner_view(
+    row: RunnerRow,
+    key_id: str,
+    *,
+    online: bool,
+    last_seen_ms: int,
+    admission: str = "",
+    unknown: Mapping[str, str] | None = None,
+) -> Runner:
     """Show a runner."""
     return Runner(
         id=row.id,
@@ -148,6 +195,11 @@ def runner_view(row: RunnerRow, key_id: str, *, online: bool, last_seen_ms: int)
         policy_digest=row.policy_digest,
         attempts=row.attempts,
         key_id=key_id,
+        admission=admission,
+        boot_id=row.boot_id,
+        instance=row.instance,
+        unknown=[{"attempt": name, "why": why} for name, why in (unknown or {}).items()],
+        conflict=None if row.conflict is None else json.loads(row.conflict),
     )
 
 
@@ -172,3 +224,8 @@ def event_view(row: EventRow) -> JsonObject:
         "detail": row.detail,
         "digest": row.digest,
     }
+
+
+def _count(value: object) -> int | None:
+    """A number that a runner told, as far as it is one."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

@@ -1,6 +1,6 @@
 """A control plane on a free loopback port inside the test's loop, and a client that holds its token."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,19 +9,20 @@ from uuid import uuid4
 
 import httpx
 
-from controlplane.plane import ControlPlane, wall_ms
+from controlplane.plane import ControlPlane, boottime_ms, wall_ms
 from controlplane.server import run_embedded
 from tests.support.fake_runner import FakeRunner
 
 
 @dataclass
 class Moved:
-    """The wall clock, moved by a test."""
+    """A clock, moved by a test."""
 
     ahead_ms: int = 0
+    of: Callable[[], int] = wall_ms
 
     def __call__(self) -> int:
-        return wall_ms() + self.ahead_ms
+        return self.of() + self.ahead_ms
 
 
 @dataclass
@@ -32,6 +33,8 @@ class Running:
     port: int
     http: httpx.AsyncClient
     clock: Moved
+    boot: Moved
+    """What leases run by."""
 
     async def post(self, path: str, body: dict[str, Any] | None = None, key: str | None = None) -> httpx.Response:
         """POST under a fresh Idempotency-Key, or under `key`."""
@@ -63,12 +66,12 @@ class Running:
 @asynccontextmanager
 async def running(directory: Path, *, port: int = 0, clock: Moved | None = None) -> AsyncIterator[Running]:
     """Serve the control plane of `directory`."""
-    clock = clock or Moved()
+    clock, boot = clock or Moved(), Moved(of=boottime_ms)
     async with (
-        ControlPlane.open(directory, clock=clock, beat_ms=1000) as plane,
+        ControlPlane.open(directory, clock=clock, boot_clock=boot, beat_ms=1000) as plane,
         run_embedded(plane, port=port) as bound,
     ):
         headers = {"Authorization": f"Bearer {plane.keys.admin_token}"}
         url = f"http://127.0.0.1:{bound}"
         async with httpx.AsyncClient(base_url=url, headers=headers, timeout=20, trust_env=False) as http:
-            yield Running(plane, bound, http, clock)
+            yield Running(plane, bound, http, clock, boot)

@@ -38,6 +38,7 @@ from protocol.messages import (
     LogClosed,
     LogOpen,
     Message,
+    Purpose,
     Refused,
     Report,
     Reported,
@@ -79,6 +80,23 @@ class FakeRunner:
     seen: Seen = field(default_factory=Seen)
     outbox: list[ReportItem] = field(default_factory=list)
     answered: list[ReportItem] = field(default_factory=list)
+    instance: str = ""
+    """The daemon that is running; empty: one that does not say."""
+    dial: int = 0
+    hostname: str = "box"
+    boot_id: str = "boot"
+
+    def started(self, letter: str, *, hostname: str = "box", boot_id: str = "boot") -> "FakeRunner":
+        """A daemon that was started on this state: a new instance that shares the state with nobody from here on."""
+        return replace(
+            self,
+            outbox=list(self.outbox),
+            answered=list(self.answered),
+            instance=letter * 22,
+            dial=0,
+            hostname=hostname,
+            boot_id=boot_id,
+        )
 
     @classmethod
     async def enrol(
@@ -102,31 +120,22 @@ class FakeRunner:
         return self.certificate.runner
 
     @asynccontextmanager
-    async def connect(self, port: int, *, seed: bytes | None = None) -> AsyncIterator["Line"]:
+    async def connect(
+        self, port: int, *, seed: bytes | None = None, purpose: Purpose = "session"
+    ) -> AsyncIterator["Line"]:
         """Shake hands and hold the line. `seed`: another key than the enrolled one."""
         async with dial(port) as socket:
-            line = await self.shake(socket, seed=seed)
+            line = await self.shake(socket, seed=seed, purpose=purpose)
             try:
                 yield line
             finally:
                 await socket.close()
 
-    async def shake(self, socket: ClientConnection, *, seed: bytes | None = None) -> "Line":
+    async def shake(
+        self, socket: ClientConnection, *, seed: bytes | None = None, purpose: Purpose = "session"
+    ) -> "Line":
         """The handshake on an open socket. Raises Closed."""
-        standing = Standing(
-            key=self.key if seed is None else PrivateKey(seed),
-            certificate=self.certificate,
-            root=self.root,
-            keyset=self.keyset,
-            ctl=self.seen.ctl,
-            out_head=len(self.outbox),
-            boot_id="boot",
-            policy_digest=POLICY,
-            version="0.1.0",
-            platform="linux",
-            hostname="box",
-        )
-        handshake = RunnerHandshake(standing, b64url(b"n" * 32))
+        handshake = self._handshake(seed, purpose)
         await socket.send(encode(handshake.start()))
         challenge = await _next(socket)
         assert isinstance(challenge, Challenge)
@@ -140,6 +149,34 @@ class FakeRunner:
             self.certificate = established.certificate.value
             self.seen = replace(self.seen, ctl=Mark())
         return Line(self, socket, established)
+
+    async def prepare(self, socket: ClientConnection) -> str:
+        """The handshake up to the proof, which is not sent."""
+        handshake = self._handshake(None, "session")
+        await socket.send(encode(handshake.start()))
+        challenge = await _next(socket)
+        assert isinstance(challenge, Challenge)
+        return encode(handshake.receive(challenge))  # type: ignore[arg-type]
+
+    def _handshake(self, seed: bytes | None, purpose: Purpose) -> RunnerHandshake:
+        self.dial += purpose == "session"
+        standing = Standing(
+            key=self.key if seed is None else PrivateKey(seed),
+            certificate=self.certificate,
+            root=self.root,
+            keyset=self.keyset,
+            ctl=self.seen.ctl,
+            out_head=len(self.outbox),
+            boot_id=self.boot_id,
+            policy_digest=POLICY,
+            version="0.1.0",
+            platform="linux",
+            hostname=self.hostname,
+            instance=self.instance,
+            dial=self.dial,
+            purpose=purpose,
+        )
+        return RunnerHandshake(standing, b64url(b"n" * 32))
 
     def judged(self, frame: CommandFrame) -> Refused:
         """What is said of a command that does not get through the door."""
@@ -186,8 +223,15 @@ class FakeRunner:
         result = {"execution_id": start.execution_id, "start_token": start.start_token}
         return self.receipt(command, Outcome.ACCEPTED, result=result)
 
-    def ended(self, command: Verified[Command], *, code: int = 0, log: LogBytes | None = None) -> ReportItem:
-        """The settlement of a start that ended by itself."""
+    def ended(
+        self,
+        command: Verified[Command],
+        *,
+        code: int = 0,
+        log: LogBytes | None = None,
+        verdict: Verdict = Verdict.EXITED,
+    ) -> ReportItem:
+        """The settlement of a start, as one that ended by itself if nothing else is said."""
         start = start_of(command)
         statement = Settlement(
             org=self.certificate.org,
@@ -197,8 +241,8 @@ class FakeRunner:
             start_token=start.start_token,
             cmd_id=command.value.cmd_id,
             cmd_digest=command.digest,
-            verdict=Verdict.EXITED,
-            code=code,
+            verdict=verdict,
+            code=code if verdict is Verdict.EXITED else None,
             cause=Cause(kind="none"),
             streams={} if log is None else log.streams(),
             log=None if log is None else LogEnd(end=len(log.data), segments=log.segments, chain=log.chain()),
@@ -273,10 +317,26 @@ class Line:
         rest = [item for item in runner.outbox if item.out_seq > above]
         return await self.report(*rest) if rest else None
 
-    async def beat(self, leases: Sequence[HeldLease] = (), attempts: Sequence[str] = ()) -> Beaten:
+    async def beat(
+        self,
+        leases: Sequence[HeldLease] = (),
+        attempts: Sequence[str] = (),
+        *,
+        lost: Sequence[HeldLease] = (),
+        full: bool = False,
+        admission: str = "open",
+    ) -> Beaten:
         """A beat and its answer."""
         self.beats += 1
-        beat = Beat(n=self.beats, hw=self.runner.seen.ctl.hw, leases=list(leases), attempts=list(attempts))
+        beat = Beat(
+            n=self.beats,
+            hw=self.runner.seen.ctl.hw,
+            leases=list(leases),
+            attempts=list(attempts),
+            lost=list(lost),
+            full=full,
+            admission=admission,
+        )
         await self.send(beat)
         return await self.expect(Beaten)
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -22,10 +23,10 @@ from controlplane.client import LogParser, PlaneClient, PlaneRefused, PlaneUnrea
 from controlplane.follow import Left, stop_at_interrupt
 from protocol.errors import Reason
 from protocol.identity import JoinString
-from protocol.receipt import Outcome
+from protocol.receipt import Outcome, Verdict
 from protocol.records import RecordKind, encode_record
 from tests.support.control_plane import Running, running
-from tests.support.fake_runner import FakeRunner, Line, LogBytes
+from tests.support.fake_runner import Closed, FakeRunner, Line, LogBytes
 
 WAIT_S = 30
 
@@ -273,6 +274,126 @@ async def test_our_failures_are_125(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+async def test_another_attempt_is_ordered_shown_and_read(tmp_path: Path) -> None:
+    """`rerun`, and what `show` and `logs` say of the attempt before; its secrets are wanted again."""
+    (tmp_path / "token").write_text("s3cret")
+    async with shop(tmp_path) as (shell, runner), runner.connect(shell.plane.port) as line:
+        secret = ["--secret", f"TOKEN=@{tmp_path}/token"]
+        status, out, err = await shell.run("exec", "laptop", "--cwd", "/srv", *secret, "--detach", "--", "true")
+        assert status == 0, err
+        execution_id = out.decode().strip()
+        await act(line, code=3)
+        status, _, err = await shell.run("rerun", execution_id)
+        assert status == 1 and "SECRETS_WANTED" in err and "TOKEN" in err and "--secret" in err
+        status, out, err = await shell.run("rerun", execution_id, *secret)
+        assert status == 0, err
+        match = re.fullmatch(rf"{execution_id}: attempt (\d+) on laptop is sent\n", out.decode())
+        assert match is not None and int(match[1]) > 1
+        log = LogBytes(f"{execution_id}.{match[1]}").write(b"second\n")
+        await act(line, log)
+        shown = (await shell.run("show", execution_id))[1].decode()
+        assert f"attempt {match[1]}, lease token {match[1]}" in shown
+        assert re.search(r"^attempt 1 +exited on laptop, status 3$", shown, re.MULTILINE)
+        told = await shell.told("show", execution_id, "--json")
+        assert [one["start_token"] for one in told["attempts"]] == [1, int(match[1])]
+        assert (await shell.run("logs", execution_id))[1] == b"second\n"
+        for follow in ([], ["-f"]):
+            assert (await shell.run("logs", *follow, execution_id, "--attempt", "1"))[1] == b"out\x00\xff\n"
+        status, _, err = await shell.run("logs", execution_id, "--attempt", "999")
+        assert status == 1 and "UNKNOWN_ATTEMPT" in err
+
+
+@pytest.mark.slow
+async def test_exec_is_its_own_attempt_when_somebody_runs_it_again(tmp_path: Path) -> None:
+    """Story.
+
+    1. It follows the first attempt. Somebody orders another one; the first one ends fenced.
+    2. It has printed the bytes of the first one, and none of the second; it says what became of it, with 125.
+    3. ^C of one whose place was taken stops that attempt and not its successor.
+    """
+    async with shop(tmp_path) as (shell, runner), runner.connect(shell.plane.port) as line:
+        process = await shell.start("exec", "laptop", "--cwd", "/srv", "--", "true")
+        first = await line.command()
+        await line.report(runner.accepted(first))
+        execution_id = first.value.args["execution_id"]
+        log = LogBytes(f"{execution_id}.1").write(b"mine\n")
+        await shell.plane.post(f"/v1/executions/{execution_id}/attempts")
+        second = await line.command()
+        await line.report(runner.accepted(second))
+        await line.upload(f"{execution_id}.1", log)
+        assert process.stdout is not None
+        assert await asyncio.wait_for(process.stdout.readline(), WAIT_S) == b"mine\n"
+        process.send_signal(signal.SIGINT)
+        stop = await line.command()
+        assert stop.value.args["target"]["start_token"] == 1
+        await line.report(runner.receipt(stop, Outcome.DONE), runner.ended(first, verdict=Verdict.FENCED, log=log))
+        out, err = await asyncio.wait_for(process.communicate(), WAIT_S)
+        assert (process.returncode, out) == (125, b"")
+        assert f"{execution_id} fenced" in err.decode()
+        assert (await shell.plane.get(f"/v1/executions/{execution_id}"))["state"] == "running"
+
+
+@pytest.mark.slow
+async def test_a_runner_is_shown_with_what_is_wrong(tmp_path: Path) -> None:
+    """What lives there and nobody started here, how that is ended; another machine with its key."""
+    async with shop(tmp_path) as (shell, enrolled):
+        runner = enrolled.started("A", hostname="desk")
+        copy = runner.started("B", hostname="cloud\x1b[1m")
+        async with runner.connect(shell.plane.port) as line:
+            shown = (await shell.run("show", "laptop"))[1].decode()
+            assert "online" in shown and "CONFLICT" not in shown and "unknown" not in shown
+            await shell.plane.start()
+            await line.report(runner.accepted(await line.command()))
+            await line.beat([], ["ex_9.3"], full=True, admission="paused")
+            with pytest.raises(Closed):
+                async with copy.connect(shell.plane.port):
+                    pass
+            shown = (await shell.run("show", runner.id))[1].decode()
+            assert "online, paused" in shown and "ex_9.3: not known here" in shown
+            assert re.search(r"^CONFLICT +cloud.*was refused.*desk", shown, re.MULTILINE)
+            assert "\x1b" not in shown
+            assert "paused" in (await shell.run("runners"))[1].decode()
+            kinds = {one["kind"] for one in (await shell.told("events", "--json"))["events"]}
+            assert kinds == {"attempt.unknown", "identity.conflict"}
+            status, out, err = await shell.run("stop", "ex_9", "--runner", "laptop")
+            assert (status, out.decode()) == (0, "ex_9 is stopping at laptop\n"), err
+            assert (await line.command()).value.args["target"]["start_token"] == 3
+            status, out, _ = await shell.run("stop", "ex_8", "--runner", "laptop", "--token", "2")
+            assert status == 0
+            assert (await line.command()).value.args["target"]["execution_id"] == "ex_8"
+            status, _, err = await shell.run("stop", "ex_7", "--runner", "laptop")
+            assert status == 1 and "UNKNOWN_ATTEMPT" in err
+
+
+@pytest.mark.slow
+async def test_what_waits_and_what_is_refused_for_now_is_said(tmp_path: Path) -> None:
+    """A paused runner, and one without room: why, and when to ask again."""
+    async with shop(tmp_path) as (shell, runner), runner.connect(shell.plane.port) as line:
+        await line.beat(admission="paused")
+        process = await shell.start("exec", "laptop", "--cwd", "/srv", "--", "true")
+        while not (queued := (await shell.plane.get("/v1/executions", state="queued"))["executions"]):
+            await asyncio.sleep(0.05)
+        assert "the runner is paused" in (await shell.run("ps"))[1].decode()
+        assert "queued (the runner is paused)" in (await shell.run("show", queued[0]["id"]))[1].decode()
+        await line.beat(admission="open")
+        result = {"retry_after_ms": 30_000}
+        refusal = runner.receipt(await line.command(), Outcome.REFUSED, reason=Reason.DISK_LOW, result=result)
+        await line.report(refusal)
+        _, err = await asyncio.wait_for(process.communicate(), WAIT_S)
+        assert process.returncode == 125
+        assert b"waits: the runner is paused" in err
+        assert b"refused: DISK_LOW; try again in 30s" in err
+        shown = (await shell.run("show", queued[0]["id"]))[1].decode()
+        assert "DISK_LOW; try again in 30s" in shown
+        making = await shell.start("worktree", "create", "laptop", "--repo", "/srv/r", "--base", "main")
+        await line.report(
+            runner.receipt(await line.command(), Outcome.REFUSED, reason=Reason.INODES_LOW, result=result)
+        )
+        _, err = await asyncio.wait_for(making.communicate(), WAIT_S)
+        assert making.returncode == 1 and b"INODES_LOW; try again in 30s" in err
+
+
+@pytest.mark.slow
 async def test_listings_and_receipts(tmp_path: Path) -> None:
     """Runners, join strings, events, statements as files that verify without us."""
     async with shop(tmp_path) as (shell, runner):
@@ -309,8 +430,8 @@ async def test_what_is_unknown_is_said_clearly(tmp_path: Path) -> None:
         for args in (["show", "ex_404"], ["logs", "ex_404"], ["stop", "ex_404"], ["worktree", "remove", "wt_404"]):
             status, _, err = await shell.run(*args)
             assert status == 1 and "UNKNOWN" in err and "next: runner-control" in err, (args, err)
-        for verb in ("show", "receipts"):
-            assert "no execution and no worktree has this id" in (await shell.run(verb, "ex_404"))[2]
+        assert "no execution, worktree or runner has this id or name" in (await shell.run("show", "ex_404"))[2]
+        assert "no execution and no worktree has this id" in (await shell.run("receipts", "ex_404"))[2]
         (tmp_path / "wrong").write_text("x" * 43)
         status, _, err = await shell.run("--token-file", str(tmp_path / "wrong"), "runners")
         assert status == 1 and "UNAUTHORIZED" in err

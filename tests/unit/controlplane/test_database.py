@@ -6,12 +6,13 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from controlplane import tables
+from controlplane import tables, told
 from controlplane.database import SCHEMA_VERSION, Database
 from controlplane.errors import StartRefused, StoreFailed
 from controlplane.rows import EventRow
@@ -20,7 +21,7 @@ from controlplane.tables import Db
 
 def add(db: Db, kind: str = "kind") -> None:
     """One row."""
-    tables.add_event(db, EventRow(runner_id="rn", at_ms=1, kind=kind))
+    told.add_event(db, EventRow(runner_id="rn", at_ms=1, kind=kind))
 
 
 def adds(kind: str) -> Callable[[Db], None]:
@@ -30,7 +31,7 @@ def adds(kind: str) -> Callable[[Db], None]:
 
 def kinds(database: Database) -> list[str]:
     """Committed rows."""
-    return [row.kind for row in reversed(tables.events(database.reader, None, 1000))]
+    return [row.kind for row in reversed(told.events(database.reader, None, 1000))]
 
 
 async def test_what_waits_is_committed_together(tmp_path: Path) -> None:
@@ -86,11 +87,11 @@ async def test_what_was_answered_survives_a_kill(tmp_path: Path) -> None:
     script = (
         "import asyncio, os, sys, pathlib\n"
         "from controlplane.database import Database\n"
-        "from controlplane import tables\n"
+        "from controlplane import told\n"
         "from controlplane.rows import EventRow\n"
         "async def main():\n"
         "    database = Database(pathlib.Path(sys.argv[1]))\n"
-        "    await database.write(lambda db: tables.add_event(db, EventRow(runner_id='rn', at_ms=1, kind='last')))\n"
+        "    await database.write(lambda db: told.add_event(db, EventRow(runner_id='rn', at_ms=1, kind='last')))\n"
         "    os.kill(os.getpid(), 9)\n"
         "asyncio.run(main())\n"
     )
@@ -149,9 +150,131 @@ async def test_a_closed_store_refuses(tmp_path: Path) -> None:
 async def test_events_of_one_runner_are_bounded(tmp_path: Path) -> None:
     """The newest thousand stay, others' are untouched."""
     database = Database(tmp_path / "db")
-    await database.write(lambda db: tables.add_event(db, EventRow(runner_id="other", at_ms=1, kind="kept")))
+    await database.write(lambda db: told.add_event(db, EventRow(runner_id="other", at_ms=1, kind="kept")))
     await asyncio.gather(*[database.write(adds(f"k{n}")) for n in range(1100)])
-    rows = tables.events(database.reader, "rn", 5000)
+    rows = told.events(database.reader, "rn", 5000)
     assert (len(rows), rows[0].kind, rows[-1].kind) == (1000, "k1099", "k100")
-    assert len(tables.events(database.reader, "other", 10)) == 1
+    assert len(told.events(database.reader, "other", 10)) == 1
     await database.close()
+
+
+VERSION_1 = """
+CREATE TABLE runners (
+  id TEXT PRIMARY KEY, name TEXT NOT NULL, x TEXT NOT NULL, seal_x TEXT NOT NULL, labels TEXT NOT NULL, living INTEGER NOT NULL,
+  inc INTEGER NOT NULL, certificate TEXT NOT NULL, session TEXT NOT NULL, ctl_hw INTEGER NOT NULL, ctl_head TEXT NOT NULL,
+  acked_hw INTEGER NOT NULL, out_hw INTEGER NOT NULL, keyset_version INTEGER NOT NULL, enrolled_ms INTEGER NOT NULL,
+  last_seen_ms INTEGER NOT NULL, version TEXT NOT NULL, platform TEXT NOT NULL, hostname TEXT NOT NULL,
+  policy_digest TEXT NOT NULL, attempts INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE UNIQUE INDEX runners_living_name ON runners (name) WHERE living = 1;
+CREATE TABLE join_tokens (
+  hash TEXT PRIMARY KEY, name TEXT, labels TEXT NOT NULL, expires_ms INTEGER NOT NULL, used_by TEXT, runner_id TEXT
+) STRICT, WITHOUT ROWID;
+CREATE TABLE intents (
+  ordinal INTEGER PRIMARY KEY, cmd_id TEXT NOT NULL UNIQUE, runner_id TEXT NOT NULL, kind TEXT NOT NULL, subject TEXT NOT NULL,
+  args BLOB NOT NULL, lease BLOB, state TEXT NOT NULL, created_ms INTEGER NOT NULL, expires_ms INTEGER NOT NULL,
+  signed_times INTEGER NOT NULL
+) STRICT;
+CREATE INDEX intents_queued ON intents (runner_id, ordinal) WHERE state = 'queued';
+CREATE INDEX intents_deadline ON intents (expires_ms) WHERE state = 'queued';
+CREATE INDEX intents_sent ON intents (runner_id) WHERE state = 'sent';
+CREATE TABLE commands (
+  digest TEXT PRIMARY KEY, cmd_id TEXT NOT NULL, runner_id TEXT NOT NULL, inc INTEGER NOT NULL, seq INTEGER, payload BLOB NOT NULL,
+  signed_ms INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE UNIQUE INDEX commands_number ON commands (runner_id, inc, seq) WHERE seq IS NOT NULL;
+CREATE INDEX commands_of ON commands (cmd_id);
+CREATE TABLE executions (
+  id TEXT PRIMARY KEY, runner_id TEXT NOT NULL, start_token INTEGER NOT NULL, state TEXT NOT NULL, argv TEXT NOT NULL, cwd TEXT,
+  worktree_id TEXT, cmd_id TEXT NOT NULL, stop_cmd_id TEXT, created_ms INTEGER NOT NULL, receipt TEXT, settlement TEXT,
+  settlement_digest TEXT, exit_status INTEGER, reason TEXT, detail TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX executions_newest ON executions (created_ms, id);
+CREATE INDEX executions_living ON executions (runner_id) WHERE state IN ('queued', 'sent', 'running');
+CREATE TABLE worktrees (
+  id TEXT PRIMARY KEY, runner_id TEXT NOT NULL, state TEXT NOT NULL, repo TEXT NOT NULL, base TEXT NOT NULL, branch TEXT, path TEXT,
+  head TEXT, cmd_id TEXT NOT NULL, created_ms INTEGER NOT NULL, reason TEXT, detail TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE lease_tokens (res TEXT PRIMARY KEY, token INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE answered (
+  runner_id TEXT NOT NULL, out_seq INTEGER NOT NULL, body TEXT NOT NULL, reason TEXT, PRIMARY KEY (runner_id, out_seq, body)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE statements (
+  digest TEXT NOT NULL, runner_id TEXT NOT NULL, kind TEXT NOT NULL, cmd_id TEXT NOT NULL, subject TEXT NOT NULL,
+  envelope TEXT NOT NULL, payload TEXT NOT NULL, received_ms INTEGER NOT NULL, PRIMARY KEY (digest, runner_id)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX statements_subject ON statements (subject);
+CREATE INDEX statements_cmd ON statements (cmd_id);
+CREATE TABLE events (
+  ordinal INTEGER PRIMARY KEY, runner_id TEXT NOT NULL, at_ms INTEGER NOT NULL, kind TEXT NOT NULL, reason TEXT,
+  detail TEXT NOT NULL, digest TEXT
+) STRICT;
+CREATE INDEX events_of ON events (runner_id, ordinal);
+CREATE TABLE logs (
+  attempt TEXT PRIMARY KEY, runner_id TEXT NOT NULL, "end" INTEGER NOT NULL, complete INTEGER NOT NULL, gaps TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE idempotency (
+  key TEXT PRIMARY KEY, request TEXT NOT NULL, status INTEGER NOT NULL, response TEXT NOT NULL, at_ms INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX idempotency_age ON idempotency (at_ms);
+INSERT INTO runners VALUES ('rn', 'laptop', 'x', 's', '{}', 1, 2, 'c', '', 3, 'h', 3, 4, 1, 5, 6, 'v', 'linux', 'box', 'd', 0);
+INSERT INTO executions VALUES
+  ('ex_1', 'rn', 1, 'running', '["true"]', '/srv', NULL, 'cm_1', NULL, 7, '{}', NULL, NULL, NULL, NULL, '');
+INSERT INTO intents VALUES (1, 'cm_1', 'rn', 'execution.start', 'ex_1', CAST('{"start_token":1}' AS BLOB), NULL, 'sent', 7, 8, 1);
+INSERT INTO worktrees VALUES ('wt_1', 'rn', 'ready', '/r', 'main', NULL, '/w', 'f', 'cm_0', 7, NULL, '');
+PRAGMA user_version = 1;
+"""
+"""The tables as the first version made them, and a row of each that changed."""
+
+
+def shape(path: Path) -> dict[str, object]:
+    """Columns and indexes of every table."""
+    with sqlite3.connect(path) as db:
+        names = [row[0] for row in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table' ORDER BY name")]
+        found: dict[str, object] = {}
+        for name in names:
+            columns = db.execute(f"PRAGMA table_xinfo({name})").fetchall()
+            indexes = db.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'index' AND tbl_name = ?", (name,))
+            found[name] = (columns, sorted((row[0], row[1]) for row in indexes))
+    db.close()
+    return found
+
+
+async def test_a_database_of_version_1_opens_with_what_is_in_it(tmp_path: Path) -> None:
+    """Every row is there, with what it says of the new columns; a second start changes nothing."""
+    path = tmp_path / "old"
+    with sqlite3.connect(path) as old:
+        old.executescript(VERSION_1)
+    old.close()
+    for _ in range(2):
+        database = Database(path)
+        runner, execution = tables.runner(database.reader, "rn"), tables.execution(database.reader, "ex_1")
+        assert runner is not None and execution is not None
+        assert (runner.name, runner.ctl.hw, runner.instance, runner.retired) == ("laptop", 3, "", ())
+        assert (execution.state, execution.token, execution.receipt, execution.verdict) == ("running", 1, "{}", None)
+        worktree, intent = tables.worktree(database.reader, "wt_1"), tables.intent(database.reader, "cm_1")
+        assert worktree is not None and intent is not None
+        assert (worktree.retry_after_ms, intent.actor, intent.start_token) == (None, None, 1)
+        await database.close()
+    database = Database(path)
+    ended = replace(execution, settlement="{}")
+    assert await database.write(lambda db: tables.settle(db, ended))
+    await database.close()
+    database = Database(tmp_path / "new")
+    await database.close()
+    assert shape(path) == shape(tmp_path / "new")
+
+
+async def test_a_step_that_fails_leaves_the_old_version_as_it_was(tmp_path: Path) -> None:
+    """All of a step, or nothing: the older control plane still opens it."""
+    path = tmp_path / "old"
+    with sqlite3.connect(path) as old:
+        old.executescript(VERSION_1 + "CREATE TABLE attempts (in_the_way TEXT);")
+    old.close()
+    before = shape(path)
+    with pytest.raises(StartRefused, match="old"):
+        Database(path)
+    assert shape(path) == before
+    with sqlite3.connect(path) as old:
+        assert old.execute("PRAGMA user_version").fetchone() == (1,)
+    old.close()

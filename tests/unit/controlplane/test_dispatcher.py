@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from controlplane import dispatcher, orders
-from controlplane.dispatcher import Living
 from controlplane.orders import Address
 from controlplane.rows import (
     ExecutionRow,
@@ -21,7 +20,6 @@ from protocol.commands import Command, Kind, parse_args
 from protocol.envelope import digest_of
 from protocol.errors import Reason
 from protocol.ids import GENESIS, Digest
-from protocol.messages import HeldLease
 from protocol.receipt import Cause, Outcome, Receipt, Settlement, Verdict
 from protocol.replay import Mark
 
@@ -200,7 +198,7 @@ class TestReceipts:
     def test_an_unknown_start_is_made_from_its_receipt(self) -> None:
         """The plane forgot it, the runner did not."""
         receipt = a_receipt(Outcome.ACCEPTED, result={"execution_id": "ex_9", "start_token": 2})
-        row = dispatcher.receipted(None, None, receipt, "{}").execution
+        row = dispatcher.receipted(None, None, receipt, "{}").unheard
         assert row is not None
         assert (row.id, row.start_token, row.state) == ("ex_9", 2, ExecutionState.RUNNING)
 
@@ -213,7 +211,7 @@ class TestReceipts:
         row = dispatcher.receipted(stop, an_execution(state=ExecutionState.RUNNING), receipt, "{}").execution
         assert row is not None
         assert (row.state, row.exit_status, row.reason) == (ExecutionState.CANCELLED, 125, "UNKNOWN_TARGET")
-        late = dispatcher.settled(None, row, a_settlement(), A, "{}").execution
+        late = dispatcher.settled(None, row, a_settlement(), A, "{}").settled
         assert late is not None and late.state is ExecutionState.SETTLED
 
     @pytest.mark.parametrize(
@@ -253,7 +251,7 @@ class TestSettlements:
 
     def test_the_first_counts(self) -> None:
         """State, status and text."""
-        row = dispatcher.settled(SENT, an_execution(), a_settlement(), A, "{}").execution
+        row = dispatcher.settled(SENT, an_execution(), a_settlement(), A, "{}").settled
         assert row is not None
         assert (row.state, row.exit_status, row.settlement_digest) == (ExecutionState.SETTLED, 3, A)
 
@@ -261,19 +259,19 @@ class TestSettlements:
         """Compare and set."""
         done = an_execution(state=ExecutionState.SETTLED, settlement="{}", settlement_digest=A)
         change = dispatcher.settled(SENT, done, a_settlement(code=0), B, "{}")
-        assert change.execution is None
+        assert change.settled is None
         assert change.conflict
         assert not dispatcher.settled(SENT, done, a_settlement(), A, "{}").conflict
 
     def test_one_of_another_attempt_settles_nothing(self) -> None:
         """A predecessor never ends its successor."""
-        change = dispatcher.settled(SENT, an_execution(start_token=2), a_settlement(), A, "{}")
-        assert change.execution is None
-        assert change.intent is None
+        change = dispatcher.settled(SENT, None, a_settlement(runner="other"), A, "{}", [an_execution(start_token=2)])
+        assert (change.settled, change.unheard, change.intent) == (None, None, None)
+        assert change.conflict
 
     def test_it_outranks_our_guess(self) -> None:
         """Cancelled by us, run by the runner: what happened counts."""
-        row = dispatcher.settled(None, an_execution(state=ExecutionState.CANCELLED), a_settlement(), A, "{}").execution
+        row = dispatcher.settled(None, an_execution(state=ExecutionState.CANCELLED), a_settlement(), A, "{}").settled
         assert row is not None
         assert row.state is ExecutionState.SETTLED
 
@@ -285,35 +283,10 @@ class TestSettlements:
 
     def test_one_of_an_unknown_execution_makes_the_row(self) -> None:
         """Restored from a backup: evidence is never thrown away."""
-        row = dispatcher.settled(None, None, a_settlement(), A, "{}").execution
-        assert row is not None
+        change = dispatcher.settled(None, None, a_settlement(), A, "{}")
+        row = change.settled
+        assert row is not None and change.unheard is not None
         assert (row.id, row.state) == ("ex_1", ExecutionState.SETTLED)
-
-
-class TestBeats:
-    """Renewals and hints."""
-
-    LIVING = {"exec:ex_1": Living("ex_1", 4, None)}
-
-    @pytest.mark.parametrize(
-        ("res", "token", "reason"),
-        [
-            ("exec:ex_1", 4, None),
-            ("exec:ex_1", 3, Reason.FENCED),
-            ("exec:ex_1", 5, Reason.UNKNOWN_TARGET),
-            ("exec:ex_2", 4, Reason.UNKNOWN_TARGET),
-        ],
-    )
-    def test_only_the_current_token_is_renewed(self, res: str, token: int, reason: Reason | None) -> None:
-        """A lower one is fenced, what we did not grant is unknown."""
-        (answer,) = dispatcher.renew([HeldLease(res=res, token=token)], self.LIVING)
-        assert answer.reason == reason
-        assert (answer.ttl_ms is not None) == (reason is None)
-
-    def test_a_hint_names_the_signed_stop(self) -> None:
-        """Only where one was asked for."""
-        (hint,) = dispatcher.hints([Living("ex_1", 4, "cm_9"), Living("ex_2", 1, None)])
-        assert (hint.attempt, hint.want, hint.cmd_id) == ("ex_1.4", "stop", "cm_9")
 
 
 def test_genesis_is_where_a_new_incarnation_starts() -> None:
