@@ -18,6 +18,8 @@ Hand mutants that were tried, each in the code as it is, and how each one fails:
 10. `Attempts.end` forgets who stopped (no Persist): a_predecessor_is_told_to_end.
 """
 
+import sys
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -29,12 +31,8 @@ from protocol.messages import Answer
 from protocol.receipt import Outcome
 from protocol.replay import Mark
 from protocol.session import ItemsAnswered
-from runner.core.effects import (
-    CreateWorktree,
-    Effect,
-)
+from runner.core.effects import CreateWorktree, Effect
 from runner.core.inputs import (
-    AttemptLost,
     AttemptNotPrepared,
     AttemptPrepared,
     EnvelopeReceived,
@@ -46,25 +44,21 @@ from runner.core.inputs import (
     WorktreeFailed,
     WorktreeRemoved,
 )
-from runner.core.plans import Phase, Swept, WorktreeGone
-from tests.stateful.machine import Directory, Machine
+from runner.core.plans import Admission, Phase, ProcessIdentity, WorktreeGone
+from tests.stateful.machine import Directory
+from tests.stateful.passing import EXECUTIONS, ON_LOSS, SELDOM, PassingMachine
 from tests.support.builders import an_attempt
-from tests.support.engine import (
-    SHIM,
-    a_made,
-    an_exit,
-)
+from tests.support.engine import a_made, an_exit
 
-EXECUTIONS = st.sampled_from(["ex_1", "ex_2"])
-SELDOM = st.integers(0, 5).map(lambda roll: roll == 5)
-"""What ends or empties everything is rare enough for a machine to get busy before."""
 WORKTREES = st.sampled_from(["wt_1", "wt_2"])
 GONE = WorktreeGone(head=None, branch=None, was_dirty=False)
 REST_TURNS_MAX = 400
 """Turns after which a machine that has not come to rest never will."""
+LADDER_MS = 100_000
+"""Longer than the longest ladder, and the time between two looks at all processes."""
 
 
-class EngineMachine(Machine):
+class EngineMachine(PassingMachine):
     """What may happen to a machine, its plane and its owner."""
 
     @rule(left=st.integers(0, 3))
@@ -85,21 +79,28 @@ class EngineMachine(Machine):
 
     # --- the plane ----------------------------------------------------------------------------------------------
 
-    @rule(execution_id=EXECUTIONS, again=SELDOM, worktree=st.none() | WORKTREES)
-    def the_plane_signs_a_start(self, execution_id: str, again: bool, worktree: str | None) -> None:
-        """Of the next attempt, or of one that was signed before; in a plain directory or a worktree."""
+    @rule(execution_id=EXECUTIONS, again=SELDOM, worktree=st.none() | WORKTREES, on_loss=ON_LOSS)
+    def the_plane_signs_a_start(
+        self, execution_id: str, again: bool, worktree: str | None, on_loss: str | None
+    ) -> None:
+        """Of the next attempt, or of one that was signed before; in a plain directory or a worktree; with a lease or without."""
         token = max(self.tokens[execution_id] + (not again), 1)
         self.tokens[execution_id] = token
-        make = self.world.start if worktree is None else lambda *args: self.world.start_in(worktree, *args)
-        self.ctl.append(make(execution_id, token))
+        self.sign_start(execution_id, token, on_loss, worktree)
 
-    @rule(execution_id=EXECUTIONS)
-    def a_start_is_on_its_way(self, execution_id: str) -> None:
+    @rule(execution_id=EXECUTIONS, on_loss=ON_LOSS, waits=st.booleans())
+    def a_start_is_on_its_way(self, execution_id: str, on_loss: str | None, waits: bool) -> None:
         """Signed, received, and its shim waits, if it is its turn."""
-        self.the_plane_signs_a_start(execution_id, False, None)
+        self.the_plane_signs_a_start(execution_id, False, None, on_loss)
         self.commands_arrive(len(self.ctl))
-        if self.preparing:
+        if self.preparing and waits:
             self.a_shim_is_prepared(-1, False)
+
+    @rule(execution_id=EXECUTIONS, on_loss=st.sampled_from(["stop", "freeze", "continue"]))
+    def a_lease_comes_back(self, execution_id: str, on_loss: str) -> None:
+        """Signed, and received."""
+        self.the_plane_grants_a_lease_anew(execution_id, on_loss, False)
+        self.commands_arrive(len(self.ctl))
 
     @rule(worktree=WORKTREES, create=st.booleans())
     def the_plane_signs_a_worktree_command(self, worktree: str, create: bool) -> None:
@@ -115,8 +116,11 @@ class EngineMachine(Machine):
     @rule(count=st.integers(1, 3))
     def commands_arrive(self, count: int) -> None:
         """The next ones, in one turn."""
-        at = self.consumed
+        at, closed, deaths = self.consumed, self.admission is not Admission.OPEN, self.deaths
+        known = set(self.world.journal.commands)
         self.turn(*(EnvelopeReceived(env) for env in self.ctl[at : at + count]))
+        if closed and deaths == self.deaths:
+            self.shut_out |= self.world.journal.commands.keys() - known
 
     @precondition(lambda self: self.ctl or self.stale)
     @rule(at=st.integers(0, 50))
@@ -149,9 +153,10 @@ class EngineMachine(Machine):
     def the_session_changes(self, up: bool) -> None:
         """A welcome without news, or the connection is lost."""
         if up:
-            self.fuse = None
+            self.fuse, self.beats = None, []
             self.carry_out(self.welcome(reborn=False))
         else:
+            self.beats = []
             self.turn(SessionDown())
 
     def welcome(self, *, reborn: bool) -> list[Effect]:
@@ -163,7 +168,7 @@ class EngineMachine(Machine):
         """Streams restart; what lives goes on."""
         if not seldom:
             return
-        self.fuse = None
+        self.fuse, self.beats = None, []
         self.stale = self.ctl[-3:]
         self.ctl = []
         self.carry_out(self.welcome(reborn=True))
@@ -196,19 +201,19 @@ class EngineMachine(Machine):
             return
         self.directories[attempt] = Directory(phase=Phase.READY, lock_held=True)
         self.connected.add(attempt)
-        self.turn(AttemptPrepared(attempt, SHIM))
+        self.turn(AttemptPrepared(attempt, ProcessIdentity(boot_id=self.world.boot_id, pid=4242, start=99)))
 
-    @precondition(lambda self: self.living)
+    @precondition(lambda self: self.heard)
     @rule(at=st.integers(0, 9), killed=st.booleans())
     def a_process_ends(self, at: int, killed: bool) -> None:
         """With a record in its file, or its shim is killed with it."""
-        attempt = self.living[at % len(self.living)]
+        attempt = self.heard[at % len(self.heard)]
         found = self.directories[attempt]
         found.living, found.lock_held = False, not killed
         found.exit = None if killed else an_exit()
         self.tell_end(attempt)
 
-    @precondition(lambda self: self.living)
+    @precondition(lambda self: self.heard)
     @rule(at=st.integers(0, 9), left=st.integers(0, 3))
     def memory_runs_out(self, at: int, left: int) -> None:
         """A shim is killed, and the daemon before it could hear of it."""
@@ -221,13 +226,6 @@ class EngineMachine(Machine):
         """In any order, and now and then twice."""
         end = self.ends[at % len(self.ends)] if again else self.ends.pop(at % len(self.ends))
         self.turn(end)
-
-    @precondition(lambda self: self.sweeps)
-    @rule()
-    def a_sweep_is_through(self) -> None:
-        """Nothing is left of it."""
-        attempt = self.sweeps.pop(0)
-        self.turn(AttemptLost(attempt, Reason.SHIM_LOST, Swept(found=1, signalled=1, remaining=0)))
 
     @precondition(lambda self: self.trees)
     @rule(at=st.integers(0, 9), fails=st.booleans())
@@ -261,7 +259,9 @@ class EngineMachine(Machine):
                     other.attempt for other in open_rows if other.attempt.execution_id == row.attempt.execution_id
                 ]
                 if row.attempt != max(others, key=lambda attempt: attempt.start_token):
-                    assert row.stop_by is not None or row.attempt.name in journal.tombstones
+                    assert (
+                        row.stop_by is not None or row.attempt.name in journal.tombstones or row.fenced_by is not None
+                    )
 
     @invariant()
     def the_mark_never_falls(self) -> None:
@@ -282,7 +282,8 @@ class EngineMachine(Machine):
 
     def teardown(self) -> None:
         """Let everything come to its end, and count."""
-        if not hasattr(self, "world"):
+        if not hasattr(self, "world") or sys.exc_info()[1] is not None:
+            # Nothing to heal, or a rule was broken already: that is what is to be told.
             return
         self.fuse = None
         for _ in range(REST_TURNS_MAX):
@@ -312,8 +313,14 @@ class EngineMachine(Machine):
             self.an_end_is_heard(0, False)
         elif self.sweeps:
             self.a_sweep_is_through()
-        elif self.living:
+        elif self.heard:
             self.a_process_ends(0, False)
+        elif self.living:
+            # Hung shims come back, but for those that are to end: they are ended. What nobody guards is found.
+            for attempt in self.guarded:
+                self.directories[attempt].hung = attempt in self.told_to_end
+            self.elapse(LADDER_MS)
+            self.turn(Tick())
         else:
             return False
         return True
