@@ -30,6 +30,7 @@ from controlplane.plane import ControlPlane
 from controlplane.requests import ExecutionRequest
 from controlplane.server import run_embedded
 from controlplane.views import Execution
+from runner.adapters.policyfile import write_default
 
 BIN = Path(sys.executable).parent
 RUNNER = "bench"
@@ -80,6 +81,7 @@ async def measured(home: Path, quick: bool) -> dict[str, Any]:
     async with ControlPlane.open(home / "plane") as plane, run_embedded(plane, "127.0.0.1", 0) as port:
         plane.set_address("127.0.0.1", port)
         (home / "config.toml").touch(mode=0o600)
+        write_default(home / "policy.toml", [str(home)], minimums=False)
         join = (await plane.join_token(RUNNER)).join
         enrol = [BIN / "runner", "enroll", "-", "--name", RUNNER, "--root", home]
         process = await asyncio.create_subprocess_exec(

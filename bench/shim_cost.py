@@ -1,6 +1,7 @@
 """What a shim costs: start latency, throughput, memory, with posix_spawn + wait beside it in the same run.
 
-Usage: python bench/shim_cost.py [directory]. The directory should be on the disk that holds the state directory.
+Usage: python bench/shim_cost.py [directory [cgroup]]. The directory should be on the disk that holds the state directory;
+below the cgroup (an absolute path; default: what systemd delegated) payloads are started in leaves of their own, too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from runner.adapters import cgroups
 from runner.shim import wire
 from tests.support.shim import ForkServer, Shim
 
@@ -22,6 +24,8 @@ STARTS = 200
 IDLE_SHIMS = 50
 FLOOD_BYTES = 1 << 30
 FLOODS = 5
+# Longer than the kernel's grace period: a start that no other start came before.
+PAUSE_S = 0.1
 
 
 def main() -> None:
@@ -32,15 +36,16 @@ def main() -> None:
         try:
             one_start(root, server)
             _starts(root, server)
+            _starts_in_cgroup(root, server, cgroups.base(sys.argv[2] if len(sys.argv) > 2 else cgroups.AUTO))
             _flood(root, server)
             _memory(root, server)
         finally:
             server.close()
 
 
-def one_start(root: Path, server: ForkServer | None) -> tuple[float, float]:
+def one_start(root: Path, server: ForkServer | None, **spec: str) -> tuple[float, float]:
     """Milliseconds from the request to STARTED and to EXIT of /bin/true."""
-    shim = Shim(root, server, argv=["/bin/true"])
+    shim = Shim(root, server, argv=["/bin/true"], **spec)
     begun = shim.requested
     shim.start()
     started = time.perf_counter()
@@ -65,6 +70,22 @@ def _starts(root: Path, server: ForkServer) -> None:
     _line("request -> EXIT, fork server", [second for _, second in pairs])
     alone = [one_start(root, None) for _ in range(STARTS // 10)]
     _line("request -> STARTED, own interpreter", [first for first, _ in alone])
+
+
+def _starts_in_cgroup(root: Path, server: ForkServer, base: Path | None) -> None:
+    if base is None:
+        print("no cgroup of version 2 to make leaves in: not measured")
+        return
+    for pause_s, label in ((0.0, "one after the other"), (PAUSE_S, f"{PAUSE_S:g} s apart")):
+        values = []
+        for turn in range(STARTS // 4):
+            time.sleep(pause_s)
+            outside = one_start(root, server)[0]
+            time.sleep(pause_s)
+            inside = one_start(root, server, cgroup=str(cgroups.leaf(base, f"bench.{turn + 1}")))[0]
+            values.append((outside, inside))
+        _line(f"request -> STARTED, {label}", [outside for outside, _ in values])
+        _line("  the same, child born in a cgroup", [inside for _, inside in values])
 
 
 def _flood(root: Path, server: ForkServer) -> None:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from protocol.text import visible
+from runner.adapters.policyfile import write_default
 
 BIN: Final = Path(sys.executable).parent
 STEP_S: Final = 30.0
@@ -58,6 +59,8 @@ class Stage:
         }  # fmt: skip
         (self.home / "plane").mkdir()
         (self.home / "config.toml").touch(mode=0o600)
+        # Where this runs the disk may be nearly full: nothing is refused for that.
+        write_default(self.home / "policy.toml", [str(self.home)], minimums=False)
 
     # --- words --------------------------------------------------------------------------------------------------
     # Texts, never markup: a test's name may hold brackets, and a program's output anything at all.

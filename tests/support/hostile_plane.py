@@ -26,7 +26,7 @@ from protocol.identity import Certificate, EnrollClaims, HelloClaims, JoinString
 from protocol.ids import Digest
 from protocol.keys import PrivateKey, PublicKey
 from protocol.keyset import KeyEntry, Keyset, Role, Root
-from protocol.limits import BEAT_INTERVAL_MS_MIN
+from protocol.limits import BEAT_INTERVAL_MS_MIN, LEASE_TTL_MS
 from protocol.messages import (
     SUBPROTOCOL,
     Answer,
@@ -44,6 +44,7 @@ from protocol.messages import (
     Need,
     Proof,
     Refused,
+    Renewal,
     Report,
     Reported,
     Resume,
@@ -304,7 +305,25 @@ class HostilePlane:
         assert isinstance(proof, Proof), f"a runner proves itself, and does not say {proof}"
         key = PublicKey.from_b64url(self._x)
         opened = open_envelope(proof.env.encode(), PayloadType.HELLO, {key.key_id: key}, HelloClaims.parse)
+        if hello.purpose == "renew":
+            await self._renew(socket, opened.value)
+            return False
         return await self.greet(self, socket, hello, opened.value)
+
+    async def _renew(self, socket: ServerConnection, claims: HelloClaims) -> None:
+        """A connection beside the session: beats and nothing else."""
+        mark = Mark(claims.ctl.hw, Digest(claims.ctl.head))
+        await socket.send(encode(Welcome(env=self.welcome_for(claims, ctl=mark))))
+        async for frame in socket:
+            message = decode_from_runner(str(frame))
+            assert isinstance(message, Beat), f"only beats renew, and not {message}"
+            await self._beaten(socket, message)
+
+    async def _beaten(self, socket: ServerConnection, beat: Beat) -> None:
+        """Every lease is renewed: whoever held it once still does."""
+        leases = [Renewal(res=held.res, token=held.token, ttl_ms=LEASE_TTL_MS) for held in beat.leases]
+        answer = Beaten(n=beat.n, now_ms=now_ms(), beat_ms=BEAT_INTERVAL_MS_MIN, leases=leases)
+        await socket.send(encode(answer))
 
     async def _hold(self, socket: ServerConnection) -> None:
         self._socket = socket
@@ -319,7 +338,7 @@ class HostilePlane:
         self.heard.append(message)
         match message:
             case Beat():
-                await socket.send(encode(Beaten(n=message.n, now_ms=now_ms(), beat_ms=BEAT_INTERVAL_MS_MIN)))
+                await self._beaten(socket, message)
             case Report():
                 self._keep(message)
                 answers = [Answer(out_seq=item.out_seq, stored=True) for item in message.items]

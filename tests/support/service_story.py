@@ -1,6 +1,7 @@
 """The daemon as a service of systemd, run by a test where `systemctl --user` reaches a manager: every step is asserted."""
 
 import asyncio
+import json
 import os
 import sys
 from pathlib import Path
@@ -41,6 +42,10 @@ class Serviced(Stand):
         places = {"--config": "config.toml", "--state-dir": "state", "--runtime-dir": "run"}
         flags = [word for flag, name in places.items() for word in (flag, str(self.home / name))]
         return await self.finished("runner", *flags, "service", verb, "--user", *options)
+
+    async def json_whatever(self, *argv: str) -> Any:
+        """As `json`, whatever the exit status."""
+        return json.loads((await self.finished(*argv, "--json"))[1])
 
     async def another_pid(self, before: str) -> str:
         """Wait until the service runs as another process."""
@@ -110,6 +115,74 @@ async def wrong_settings(system: Serviced) -> None:
     print("wrong settings: failed once, with 3", flush=True)
 
 
+async def broken_journal(system: Serviced) -> None:
+    """A daemon that cannot open its journal is tried again, in its own time, and is back when it can."""
+    await system.systemctl("stop", UNIT)
+    journal = system.state / "journal.db"
+    aside = journal.with_suffix(".aside")
+    journal.rename(aside)
+    journal.write_bytes(b"\xa5" * 65536)
+    await system.systemctl("start", "--no-block", UNIT)
+
+    async def tried() -> bool:
+        return int(await system.shown("NRestarts")) >= 2
+
+    began = asyncio.get_running_loop().time()
+    await poll(tried, "the service to be tried again")
+    # Two pauses of two seconds lie before the second restart: it does not spin.
+    assert asyncio.get_running_loop().time() - began > 3
+
+    async def failed() -> bool:
+        return await system.shown("ExecMainStatus") == "1"
+
+    await poll(failed, "the daemon to say so by its status")
+    aside.rename(journal)
+    await system.online()
+    print("broken journal: tried again, with pauses", flush=True)
+
+
+async def drained(system: Serviced) -> None:
+    """`runner drain --exit` ends the service, which stays down until somebody starts it."""
+    before = await system.shown("NRestarts")
+    execution, _, go = await begin(system, "drain")
+    drain = await system.pipe("drain", "runner", "drain", "--exit")
+    assert drain.stderr is not None
+    assert (await drain.stderr.readline()).startswith(b"1 attempt runs")
+    go.touch()
+    await drain.stderr.read()
+    assert await drain.wait() == 0
+
+    async def down() -> bool:
+        return await system.shown("ActiveState") == "inactive"
+
+    await poll(down, "the service to be down")
+    assert (await system.shown("Result"), await system.shown("NRestarts")) == ("success", before)
+    await system.systemctl("start", UNIT)
+    await system.online()
+    (finding,) = (await system.json_whatever("runner", "doctor", "--only", "R016"))["findings"]
+    assert finding["measured"].startswith("draining") and finding["fix"] == "runner resume"
+    await system.run("runner", "resume")
+    await finish(system, execution, go)
+    print("drain --exit: stayed down", flush=True)
+
+
+async def stops_with_it(system: Serviced) -> None:
+    """With `on_stop = "stop"` what runs is ended with the service, and settled before it is down."""
+    policy = system.home / "policy.toml"
+    policy.write_text(policy.read_text().replace('on_stop = "leave"', 'on_stop = "stop"'))
+    await system.systemctl("restart", UNIT)
+    await system.online()
+    execution, work, _ = await begin(system, "stop")
+    await system.systemctl("restart", UNIT)
+    assert not Path(f"/proc/{work}").exists()
+    ended = await system.ended(execution)
+    assert (ended["settlement"]["verdict"], ended["exit_status"]) == ("stopped", 143), ended
+    policy.write_text(policy.read_text().replace('on_stop = "stop"', 'on_stop = "leave"'))
+    await system.systemctl("restart", UNIT)
+    await system.online()
+    print("on_stop: stopped with it", flush=True)
+
+
 async def story(system: Serviced) -> None:
     """From installing to removing."""
     await system.start_plane()
@@ -126,6 +199,11 @@ async def story(system: Serviced) -> None:
     await outlives(system, "restart", "restart")
     await outlives(system, "kill", "kill", "--signal=KILL", "--kill-who=main")
     await wrong_settings(system)
+    await broken_journal(system)
+    await drained(system)
+    await stops_with_it(system)
+    (finding,) = (await system.json("runner", "doctor", "--only", "R018"))["findings"]
+    print(f"tiers: {finding['verdict']}, {finding['measured']}", flush=True)
 
     execution, work, go = await begin(system, "uninstall")
     status, out, err = await system.service("uninstall", "--now")

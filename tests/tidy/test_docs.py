@@ -12,7 +12,9 @@ from typing import Final
 import click
 import pytest
 
+from controlplane import failpoints as plane_failpoints
 from controlplane.cli import cli as control_cli
+from runner import failpoints as runner_failpoints
 from runner.cli import cli as runner_cli
 from runner.logs import Event
 
@@ -234,3 +236,12 @@ def test_every_event_of_the_log_is_listed_and_used() -> None:
         for source in code
         for word in re.findall(r'(?:Note|note|info|warning|error)\(\s*"([a-z]+\.[a-z_]+)"', source)
     } <= listed
+
+
+def test_every_crash_point_has_its_row() -> None:
+    """And what docs/reliability.md names as a test is there."""
+    page = text("docs/reliability.md")
+    points = runner_failpoints.NAMES | runner_failpoints.SHIM_NAMES | plane_failpoints.NAMES
+    assert {point for point in points if f"`{point}`" not in page} == set()
+    named = set(re.findall(r"`((?:tests|bench|runner|controlplane)/[\w/]+(?:\.py|/))`", page))
+    assert {path for path in named if not (ROOT / path).exists()} == set()
