@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# A file stays with one process: its tests may share a daemon.
+TOGETHER := -n auto --dist loadfile
 
-.PHONY: help setup demo test check format bench lock vectors clean
+.PHONY: help setup demo test check explore format bench chaos lock vectors clean sim
 help:            ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -21,14 +23,17 @@ demo: $(READY)   ## the main job, end to end, on real work
 	@$(BIN)/python examples/demo/demo.py
 
 test: $(READY)   ## every test there is
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TOGETHER)
 
 check: $(READY)  ## format, lint, types, import contracts, fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' $(TOGETHER)
+
+explore: $(READY) ## every state of the engine that three commands can reach, within a bound
+	@$(BIN)/python -m tests.exhaustive.explorer
 
 format: $(READY) ## rewrite to the project's format
 	$(BIN)/ruff format .
@@ -36,6 +41,12 @@ format: $(READY) ## rewrite to the project's format
 
 bench: $(READY)  ## the benchmarks, side by side with their peers
 	@$(BIN)/python bench/run.py
+
+chaos: $(READY)  ## MINUTES=2 SEED=1: kill everything for a while, then count
+	@$(BIN)/python -m tests.chaos.run
+
+sim: $(READY)    ## seeded worlds: make sim SEEDS=1000, or SEED=42 make sim to read the story of one
+	@$(BIN)/python -m tests.sim.run $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),1000))
 
 vectors: $(READY) ## write protocol/vectors anew
 	$(BIN)/python -m tests.vectors.generate
