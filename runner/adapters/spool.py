@@ -53,13 +53,13 @@ class SpoolReader:
         found = self._read_in_segment(offset, size_max)
         if found is not None:
             return found
-        # The segment that was open has no more: is there another one, or a hole?
+        # The segment that was open has no more: is there another one for this offset, or a hole?
         self._list()
-        later = [base for base in self._bases if base > offset or (base == offset and base != self._base)]
-        if later and later[0] == offset:
-            self._open(offset)
+        below = [base for base in self._bases if base <= offset]
+        if below and below[-1] != self._base:
+            self._open(below[-1])
             found = self._read_in_segment(offset, size_max)
-            later = later[1:]
+        later = [base for base in self._bases if base > offset]
         if found is None and later:
             # The next segment seals this one: what was written between our look into it and the listing is there by now.
             return self._read_in_segment(offset, size_max) or Hole(offset, later[0])

@@ -171,3 +171,13 @@ def test_a_segment_that_is_sealed_while_we_look_is_no_hole(tmp_path: Path, monke
     assert joined(slices, spool) == expected(spool, at)
     assert (holes, end) == ([], spool.end)
     assert end - at == RECORD_HEADER_BYTES + 3 + SEGMENT_HEAD
+
+
+def test_a_reader_that_is_sent_ahead_into_a_later_segment_reads_there() -> None:
+    """With an earlier segment open, an offset inside a later one is no end of the log."""
+    with a_spool([(0, [b"one"]), (0, [b"two"])]) as (spool, reader):
+        ahead = spool.end
+        spool.write(b"three")
+        assert isinstance(reader.read(0, DATA_SLICE_BYTES_MAX), Slice)
+        found = reader.read(ahead, DATA_SLICE_BYTES_MAX)
+        assert isinstance(found, Slice) and (found.offset, bytes(found.data)) == (ahead, spool.kept[ahead])
