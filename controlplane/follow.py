@@ -75,9 +75,11 @@ def wait_for_end(client: PlaneClient, execution_id: str, attempt: int | None = N
     Raises PlaneRefused or PlaneUnreachable.
     """
     patience = Patience()
+    wait_ms = 0  # how it is now, first: whose place was taken has nothing to wait for
     while True:
         try:
-            found = client.get(f"/executions/{execution_id}", wait_ms=WAIT_MS_MAX)
+            found = client.get(f"/executions/{execution_id}", wait_ms=wait_ms)
+            wait_ms = WAIT_MS_MAX
         except PlaneUnreachable as exc:
             patience.spend(exc)
             continue

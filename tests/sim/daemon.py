@@ -88,6 +88,8 @@ class Daemon:
         self.engine: WatchedEngine | None = None
         self.link: Link
         self.pump: Pump | None = None
+        self.hearing: Callable[[Input], None] = lambda _happened: None
+        """Is shown every input of the engine."""
         self.hands = Hands(self)
         self._policy = policy
         self._key = key
@@ -165,7 +167,7 @@ class Daemon:
         image = await journal.load()
         identity = EngineIdentity(key=self._key, certificate=host.certificate, keyset=host.keyset, boot_id=host.boot_id)
         engine = self.engine = WatchedEngine(identity, self._policy, {"PATH": "/bin"}, image)
-        engine.watch = lambda happened, effects: host.witness.stepped(host, happened, effects)
+        engine.watch = self._stepped
         self.link = Link(
             url="ws://plane",
             proxy=None,
@@ -202,6 +204,10 @@ class Daemon:
             )
             for attempt, directory in host.directories.items()
         ]
+
+    def _stepped(self, happened: Input, effects: Sequence[Effect]) -> None:
+        self.host.witness.stepped(self.host, happened, effects)
+        self.hearing(happened)
 
     # --- what it is asked ---------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from protocol.commands import OnLoss
+from runner.core.inputs import EnvelopeReceived
 from tests.sim.host import Host
 from tests.sim.link import DOWN, UP, Line, Weather
 from tests.sim.story import short
@@ -104,6 +105,23 @@ def absent(world: "World", host: Host) -> None:
     world.timeline.after(None, begin_us, leave)
     world.timeline.after(None, begin_us + away_us, come_back)
     world.linger((begin_us + away_us) / SECOND_US + 40)
+
+
+def relapse(world: "World", host: Host) -> None:
+    """A daemon dies while it begins something, the next one begins it again, and the plane is out of reach by then."""
+    daemon = world.daemons.get(host.name)
+    if daemon is None or not host.awake:
+        return
+    on_loss = world.rng.choice([OnLoss.STOP, OnLoss.FREEZE])
+    world.users.start_on(host, on_loss=on_loss, run_ms=400_000, plain=True)
+
+    def stumble(happened: object) -> None:
+        if isinstance(happened, EnvelopeReceived) and not world.healing:
+            daemon.fuse = daemon.fuse or world.rng.randint(1, 4)
+            host.network.stall(UP, DOWN)
+
+    daemon.hearing = stumble
+    world.linger(130)
 
 
 def storm(world: "World", host: Host) -> None:
@@ -369,6 +387,7 @@ FAULTS: dict[str, Fault] = {
         whisper,
         strand,
         absent,
+        relapse,
         storm,
         hole,
         replay,
@@ -395,5 +414,5 @@ FAULTS: dict[str, Fault] = {
         back_up,
     )
 }
-SCENES = frozenset({"whisper", "strand", "absent"})
+SCENES = frozenset({"whisper", "strand", "absent", "relapse"})
 """These play once in a world: they begin with work of their own, and take their time."""

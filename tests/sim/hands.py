@@ -124,6 +124,7 @@ class Hands:
     def perform(self, effect: Effect) -> None:
         """Do it, or begin to."""
         if isinstance(effect, Note):
+            self.host.witness.reached[effect.event] += 1
             return
         self.daemon.site(type(effect).__name__)
         self.host.witness.effect(self.host, self.daemon, effect)

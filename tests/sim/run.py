@@ -43,6 +43,7 @@ def many(seeds: range, only: list[str] | None, *, keep_going: bool) -> int:
     bad: list[Result] = []
     total: Counter[str] = Counter()
     faults: Counter[str] = Counter()
+    reached: Counter[str] = Counter()
     for seed in seeds:
         result = World(seed, only=only).run()
         if seed % WORLDS_OF_RUBBISH == 0:
@@ -57,6 +58,7 @@ def many(seeds: range, only: list[str] | None, *, keep_going: bool) -> int:
             settled=result.settled,
         )
         faults.update(result.faults)
+        reached.update(result.reached)
         if result.broken:
             bad.append(result)
             print(f"seed {seed}: {result.broken.splitlines()[-1][:300]}", flush=True)
@@ -68,12 +70,17 @@ def many(seeds: range, only: list[str] | None, *, keep_going: bool) -> int:
         f" {total['simulated_s'] / 3600:.0f} simulated hours, {total['inputs']} inputs, {total['commands']} commands signed,"
         f" {total['spawned']} attempts run, {total['settled']} settled, {sum(faults.values())} faults"
     )
-    print("faults: " + ", ".join(f"{name} {count}" for name, count in sorted(faults.items())))
+    print("faults: " + _listed(faults))
+    print("reached: " + _listed(reached))
     if bad:
         print(f"{len(bad)} bad: SEED=n make sim tells the story of one: {' '.join(str(one.seed) for one in bad[:40])}")
         return 1
     print("every invariant held in every world")
     return 0
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
 
 
 if __name__ == "__main__":

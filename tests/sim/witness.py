@@ -6,6 +6,7 @@ effects from what the modelled machine did, leases from what the plane said they
 
 import base64
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -143,6 +144,8 @@ class Witness:
     unguarded: set[Attempt] = field(default_factory=set)
     """Their shim was killed, hung, or held up: nobody could keep their lease."""
     steps: int = 0
+    reached: Counter[str] = field(default_factory=Counter)
+    """What happened at all: events of the log, receipts and settlements by what they say."""
     hosts: list[Host] = field(default_factory=list)
     _looking: set[Attempt] = field(default_factory=set)
     _frames: dict[str, Signed] = field(default_factory=dict)
@@ -256,6 +259,7 @@ class Witness:
                 must(digest not in told.outcomes, "I3: a second receipt of %s", digest)
                 said = statement(item)
                 told.outcomes[digest] = said
+                self.reached[f"receipt {said.get('reason') or said['result'].get('state') or said['outcome']}"] += 1
                 told.items[item.out_seq] = item
                 state = said["result"].get("state")
                 if said["kind"] == "execution.stop" and state in ("tombstone", "cancelled"):
@@ -290,6 +294,7 @@ class Witness:
         name, verdict = short(attempt), said["verdict"]
         ran = (host.name, attempt) in self.ran
         self.story.say(host.name, "%s: settled %s", name, verdict)
+        self.reached[f"settled {verdict} {said['cause']['kind']}"] += 1
         if verdict in _RUNNING_VERDICTS:
             must(ran, "%s is settled as %s and never ran", name, verdict)
         if verdict == "never_started":

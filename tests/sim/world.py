@@ -11,6 +11,7 @@ import random
 import sys
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ class Result:
     spawned: int
     settled: int
     faults: dict[str, int]
+    reached: Counter[str]
+    """What happened at all."""
 
 
 class World:
@@ -267,6 +270,7 @@ class World:
             len(self.witness.ran),
             sum(len(told.settlements) for told in self.witness.told.values()),
             self.faults,
+            self.witness.reached,
         )
 
     def _bury(self) -> None:
@@ -335,6 +339,8 @@ class World:
         self._go(QUIET_S)
         busy = (self.timeline.steps - begun_steps) / QUIET_S
         self.story.must(busy <= IDLE_STEPS_PER_S_MAX, "%d steps a second in an idle world", busy)
+        # Something may have been told a moment ago: of a process that was found and ended, say.
+        self._go(QUIET_S if open_ends(self) else 0)
         self.story.must(not open_ends(self), "it came to rest, and began again: %s", open_ends(self))
         self.story.say("world", "is at rest")
 

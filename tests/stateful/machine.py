@@ -32,8 +32,10 @@ from runner.core.effects import (
     SweepRemains,
 )
 from runner.core.inputs import AttemptExited, AttemptLost, Input, OrphansFound, RemainsSwept, ShimSilent
+from runner.core.journaling import PutCommand, Write
 from runner.core.plans import Admission, ExitRecord, LeaseAction, Observed, Orphan, Phase, Swept
 from tests.support.engine import (
+    JournalModel,
     World,
     a_policy,
     an_unreleased_exit,
@@ -66,6 +68,19 @@ class Directory:
         return self.lock_held and self.same_boot
 
 
+@dataclass
+class WatchedJournal(JournalModel):
+    """Tells which commands became durable while the machine was closed."""
+
+    machine: "Machine | None" = None
+
+    def apply(self, write: Write) -> None:
+        """See the model."""
+        super().apply(write)
+        if isinstance(write, PutCommand) and self.machine is not None and self.machine.admission is not Admission.OPEN:
+            self.machine.shut_out.add(write.row.digest)
+
+
 class Machine(RuleBasedStateMachine):
     """One daemon after the other, the directories they leave, and everything that was ever signed."""
 
@@ -73,7 +88,7 @@ class Machine(RuleBasedStateMachine):
     def begin(self, concurrent_max: int) -> None:
         """A machine with nothing on it."""
         self.policies = (a_policy(concurrent_max=concurrent_max), a_policy(kinds=frozenset(), concurrent_max=0))
-        self.world = World(policy=self.policies[0])
+        self.world = World(policy=self.policies[0], journal=WatchedJournal(machine=self))
         self.ctl: list[bytes] = []
         """Signed for this incarnation, in order."""
         self.stale: list[bytes] = []

@@ -117,15 +117,17 @@ class PassingMachine(Machine):
                 found.exit = an_exit(verdict="stopped", code=None, signal=15, cause_kind="lease")
                 self.tell_end(attempt)
 
-    @rule(ms=st.sampled_from([1_000, 15_000, 25_000, 70_000]))
+    @rule(ms=st.sampled_from([1_000, 5_000, 15_000, 25_000, 70_000]))
     def time_passes(self, ms: int) -> None:
         """And the daemon wakes for it."""
         self.elapse(ms)
         self.turn(Tick())
 
-    @rule(ms=st.sampled_from([10_000, 600_000]), renewed=st.booleans(), stale=st.booleans())
-    def the_machine_sleeps(self, ms: int, renewed: bool, stale: bool) -> None:
+    @rule(ms=st.sampled_from([10_000, 600_000]), renewed=st.booleans(), stale=st.booleans(), seldom=SELDOM)
+    def the_machine_sleeps(self, ms: int, renewed: bool, stale: bool, seldom: bool) -> None:
         """Renewed first, judged after: what the plane still grants is held, whatever answer comes from before."""
+        if not seldom:
+            return
         self.fuse = None
         held = self.world.engine.leases.held()
         self.world.pass_time(ms)
@@ -154,12 +156,14 @@ class PassingMachine(Machine):
     # --- the owner ----------------------------------------------------------------------------------------------
 
     @rule(
-        admission=st.sampled_from([Admission.OPEN, Admission.OPEN, Admission.PAUSED, Admission.DRAINING]),
+        admission=st.sampled_from([Admission.PAUSED, Admission.DRAINING]),
+        closes=SELDOM,
         deadline=st.booleans(),
         keep=st.booleans(),
     )
-    def the_owner_opens_or_closes_it(self, admission: Admission, deadline: bool, keep: bool) -> None:
+    def the_owner_opens_or_closes_it(self, admission: Admission, closes: bool, deadline: bool, keep: bool) -> None:
         """For good, or for this daemon only."""
+        admission = admission if closes else Admission.OPEN
         drain = admission is Admission.DRAINING and deadline
         due_ms = self.world.now.boot_ms + 20_000 if drain else None
         deaths = self.deaths

@@ -36,6 +36,7 @@ from runner.core.inputs import (
     AttemptNotPrepared,
     AttemptPrepared,
     EnvelopeReceived,
+    OwnerAdmission,
     OwnerStop,
     PolicyChanged,
     SessionDown,
@@ -96,11 +97,44 @@ class EngineMachine(PassingMachine):
         if self.preparing and waits:
             self.a_shim_is_prepared(-1, False)
 
+    @rule(execution_id=EXECUTIONS, on_loss=ON_LOSS, waits=st.booleans())
+    def another_is_on_its_way(self, execution_id: str, on_loss: str | None, waits: bool) -> None:
+        """The same: what a machine is for happens more often than what disturbs it."""
+        self.a_start_is_on_its_way(execution_id, on_loss, waits)
+
+    @rule(execution_id=EXECUTIONS, keep=st.booleans(), dies=st.booleans(), left=st.integers(0, 3))
+    def a_closed_machine_is_asked(self, execution_id: str, keep: bool, dies: bool, left: int) -> None:
+        """A start while it is paused, and, where that is for good, after a restart."""
+        self.fuse = None
+        self.turn(OwnerAdmission(Admission.PAUSED, "uid 1000", None, keep))
+        self.admission, self.kept = Admission.PAUSED, Admission.PAUSED if keep else self.kept
+        if dies:
+            self.die(left=left)
+        self.a_start_is_on_its_way(execution_id, None, True)
+        self.fuse = None
+        self.turn(OwnerAdmission(Admission.OPEN, "uid 1000"))
+        self.admission = self.kept = Admission.OPEN
+
     @rule(execution_id=EXECUTIONS, on_loss=st.sampled_from(["stop", "freeze", "continue"]))
     def a_lease_comes_back(self, execution_id: str, on_loss: str) -> None:
         """Signed, and received."""
         self.the_plane_grants_a_lease_anew(execution_id, on_loss, False)
         self.commands_arrive(len(self.ctl))
+
+    @precondition(lambda self: self.guarded)
+    @rule(at=st.integers(0, 9), left=st.integers(0, 3), on_loss=st.sampled_from(["stop", "freeze", "continue"]))
+    def a_silent_shim_comes_back(self, at: int, left: int, on_loss: str) -> None:
+        """1. It hangs, the daemon restarts and is not answered. 2. Its lease is granted anew. 3. It answers, asked again."""
+        self.fuse = None
+        attempt = self.guarded[at % len(self.guarded)]
+        self.directories[attempt].hung = True
+        self.die(left=left)
+        for _ in range(len(self.ends)):
+            self.an_end_is_heard(0, False)
+        self.a_lease_comes_back(attempt.execution_id, on_loss)
+        self.directories[attempt].hung = False
+        self.elapse(30_000)
+        self.turn(Tick())
 
     @rule(worktree=WORKTREES, create=st.booleans())
     def the_plane_signs_a_worktree_command(self, worktree: str, create: bool) -> None:
@@ -116,11 +150,8 @@ class EngineMachine(PassingMachine):
     @rule(count=st.integers(1, 3))
     def commands_arrive(self, count: int) -> None:
         """The next ones, in one turn."""
-        at, closed, deaths = self.consumed, self.admission is not Admission.OPEN, self.deaths
-        known = set(self.world.journal.commands)
+        at = self.consumed
         self.turn(*(EnvelopeReceived(env) for env in self.ctl[at : at + count]))
-        if closed and deaths == self.deaths:
-            self.shut_out |= self.world.journal.commands.keys() - known
 
     @precondition(lambda self: self.ctl or self.stale)
     @rule(at=st.integers(0, 50))
@@ -175,8 +206,13 @@ class EngineMachine(PassingMachine):
 
     @rule(locked=SELDOM)
     def the_owner_changes_the_policy(self, locked: bool) -> None:
-        """To one that admits nothing, or back."""
-        self.world.policy = self.policies[locked]
+        """To one that admits nothing, for a moment."""
+        if locked:
+            self.world.policy = self.policies[True]
+            self.turn(PolicyChanged(self.world.policy))
+            if self.consumed < len(self.ctl):
+                self.commands_arrive(1)
+        self.world.policy = self.policies[False]
         self.turn(PolicyChanged(self.world.policy))
 
     @rule()

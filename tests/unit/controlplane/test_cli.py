@@ -23,6 +23,7 @@ from controlplane.client import LogParser, PlaneClient, PlaneRefused, PlaneUnrea
 from controlplane.follow import Left, stop_at_interrupt
 from protocol.errors import Reason
 from protocol.identity import JoinString
+from protocol.messages import LogClosed
 from protocol.receipt import Outcome, Verdict
 from protocol.records import RecordKind, encode_record
 from tests.support.control_plane import Running, running
@@ -320,13 +321,15 @@ async def test_exec_is_its_own_attempt_when_somebody_runs_it_again(tmp_path: Pat
         await shell.plane.post(f"/v1/executions/{execution_id}/attempts")
         second = await line.command()
         await line.report(runner.accepted(second))
-        await line.upload(f"{execution_id}.1", log)
+        await line.open_log(f"{execution_id}.1")
+        await line.data(0, log.data)
         assert process.stdout is not None
         assert await asyncio.wait_for(process.stdout.readline(), WAIT_S) == b"mine\n"
         process.send_signal(signal.SIGINT)
         stop = await line.command()
         assert stop.value.args["target"]["start_token"] == 1
         await line.report(runner.receipt(stop, Outcome.DONE), runner.ended(first, verdict=Verdict.FENCED, log=log))
+        await line.send(LogClosed(channel=1, end=len(log.data)))
         out, err = await asyncio.wait_for(process.communicate(), WAIT_S)
         assert (process.returncode, out) == (125, b"")
         assert f"{execution_id} fenced" in err.decode()

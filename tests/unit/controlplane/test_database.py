@@ -257,6 +257,7 @@ async def test_a_database_of_version_1_opens_with_what_is_in_it(tmp_path: Path) 
         assert (worktree.retry_after_ms, intent.actor, intent.start_token) == (None, None, 1)
         await database.close()
     database = Database(path)
+    assert execution is not None
     ended = replace(execution, settlement="{}")
     assert await database.write(lambda db: tables.settle(db, ended))
     await database.close()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from protocol.errors import Reason
 from protocol.execution import AttemptState
 from protocol.lease import LeaseState
+from protocol.limits import HANDSHAKE_TIMEOUT_MS
 from protocol.messages import HeldLease, Renewal
 from protocol.receipt import Verdict
 from protocol.session import BeatAnswered
@@ -22,7 +23,7 @@ from runner.core.effects import (
     SendBeat,
     StopAttempt,
 )
-from runner.core.inputs import AttemptPrepared, Tick
+from runner.core.inputs import AttemptPrepared, Tick, Woke
 from runner.core.plans import LeaseAction, Observed, Phase
 from tests.support.builders import an_attempt
 from tests.support.engine import BOOT_MS, SHIM, Turn, World, an_unreleased_exit
@@ -258,3 +259,28 @@ def test_a_lease_that_is_lost_without_harm_lets_its_attempt_begin_in_another_boo
     world.step(AttemptPrepared(an_attempt(), SHIM), Tick())
     beat = world.session().one(SendBeat)
     assert (beat.leases, beat.lost) == ((), (HeldLease(res="exec:ex_1", token=1),))
+
+
+def test_a_grant_counts_from_the_latest_that_the_planes_clock_can_be() -> None:
+    """What we know of it was said while it was on its way to us: after a handshake unsure, after a beat known by its round trip."""
+    world = World()
+    world.session()
+    world.running("ex_1", lease=a_grant())
+    assert deadline(world) == BOOT_MS + 60_000 - HANDSHAKE_TIMEOUT_MS
+    world.pass_time(300)
+    world.step(BeatAnswered(BOOT_MS, world.now.wall_ms, 10_000, (), ()))
+    world.running("ex_2", lease=a_grant() | {"res": "exec:ex_2"})
+    lease = world.row("ex_2").lease
+    assert lease is not None and lease.deadline_ms == world.now.boot_ms + 60_000 - 300
+
+
+def test_a_handshake_that_a_sleep_interrupted_makes_a_grant_no_longer() -> None:
+    """1. The plane says its clock. 2. The lid closes for ten minutes. 3. We hear it. 4. It is ten minutes old."""
+    world = World()
+    said_ms = world.now.wall_ms
+    world.pass_time(600_000)
+    world.step(Woke(600_000))
+    world.session(now_ms=said_ms)
+    world.send(world.start(lease=a_grant(), iat=said_ms))
+    lease = world.row().lease
+    assert lease is not None and lease.deadline_ms <= world.now.boot_ms - 600_000 + 60_000
