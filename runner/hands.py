@@ -67,6 +67,7 @@ WARNINGS: Final = frozenset(
         "alarm.raised",
         "attempt.lost",
         "attempt.unknown",
+        "attempt.unkillable",
         "identity.unkept",
         "lease.lost",
         "lease.neglected",

@@ -54,6 +54,7 @@ class Event(StrEnum):
     LEASE_NEGLECTED = "lease.neglected"
     """As LEASE_KEPT, in vain."""
     ATTEMPT_UNKNOWN = "attempt.unknown"
+    ATTEMPT_UNKILLABLE = "attempt.unkillable"
     SHIM_HUNG = "shim.hung"
     ORPHAN_FOUND = "orphan.found"
     ORPHAN_SWEPT = "orphan.swept"

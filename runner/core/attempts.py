@@ -226,9 +226,9 @@ class Attempts:
         if row is None or step(row.state, AttemptInput.EXIT) is None:
             # Settled before, or abandoned behind the barrier: a late word settles nothing.
             return [CollectAttempt(exited.attempt)]
-        return self._settle(
-            row, self._engine.statements.settlement(row, self._command(row), exited.exit, now), now, exited.exit
-        )
+        item = self._engine.statements.settlement(row, self._command(row), exited.exit, now)
+        told = self._engine.orphans.unkillable(row.attempt, exited.exit, now)
+        return [*self._settle(row, item, now, exited.exit), *told]
 
     def lost(self, lost: AttemptLost, now: Now) -> list[Effect]:
         """No shim, no record: lost, once."""

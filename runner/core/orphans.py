@@ -14,7 +14,7 @@ from protocol.errors import Reason
 from protocol.events import EventKind
 from protocol.execution import AttemptState
 from protocol.ids import Attempt
-from protocol.limits import KILL_WAIT_MS
+from protocol.limits import DETAIL_CHARS_MAX, KILL_WAIT_MS
 from runner.core.effects import (
     Effect,
     EndHungShim,
@@ -108,6 +108,20 @@ class Orphans:
         self._silent.pop(attempt, None)
         if record is not None and record.survivors:
             self.survivors[attempt] = record.survivors
+
+    def unkillable(self, attempt: Attempt, record: ExitRecord, now: Now) -> list[Effect]:
+        """What outlived its KILL by the kill wait is told by name and reason; it is watched from here on."""
+        if not record.survivors:
+            return []
+        named = "; ".join(f"unkillable({left.why}) {left.pid} {left.name} {left.state}" for left in record.remains)
+        # A name is a stranger's: JSON takes no lone surrogates.
+        detail = named[:DETAIL_CHARS_MAX].encode("utf-8", "replace").decode("utf-8") or f"{record.survivors} processes"
+        return [
+            Note("attempt.unkillable", {"attempt": attempt.name, "count": record.survivors}),
+            *self._engine.tell(
+                EventKind.ATTEMPT_UNKILLABLE, now, attempt=attempt, count=record.survivors, detail=detail
+            ),
+        ]
 
     def silent(self, silent: ShimSilent, now: Now) -> list[Effect]:
         """A shim holds its lock and does not answer: told once, asked again, ended only if a stop says so."""

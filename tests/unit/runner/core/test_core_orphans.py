@@ -22,6 +22,7 @@ from runner.core.effects import (
     SweepRemains,
 )
 from runner.core.inputs import (
+    AttemptExited,
     AttemptLost,
     AttemptNotPrepared,
     OrphansFound,
@@ -363,3 +364,16 @@ def test_a_survivor_that_is_guarded_keeps_its_place_too() -> None:
     world.exit(survivors=1)
     assert list(world.step(found("ex_1.1", shim_alive=True))) == []
     assert world.send(world.start("ex_2")).reasons == [Reason.CAPACITY]
+
+
+def test_what_outlived_its_kill_is_told_by_name_and_reason() -> None:
+    """One event beside the settlement; where nothing outlived it there is none."""
+    world = World()
+    world.running("ex_1")
+    left = ProcessLeft(pid=77, start=1, name="sudo", state="S", why="eperm")
+    turn = world.step(AttemptExited(an_attempt("ex_1"), an_exit(survivors=1, remains=(left,))))
+    (told,) = [item for item in turn.items if item.kind is ItemKind.EVENT]
+    assert "attempt.unkillable" in told.body and "unkillable(eperm) 77 sudo S" in told.body
+    world.running("ex_2")
+    quiet = world.step(AttemptExited(an_attempt("ex_2"), an_exit()))
+    assert not [item for item in quiet.items if item.kind is ItemKind.EVENT]
