@@ -68,8 +68,10 @@ def _same_memory(world: "World", host: Host) -> None:
     told, must = world.witness.told[host.name], world.story.must
     sql = "SELECT digest FROM statements WHERE runner_id = ?"
     stored = {row["digest"] for row in world.plane.rows(sql, host.name)}
+    # The plane's mark is the highest number it has: where reports overtake each other, a backup may have it ahead of a gap.
+    ahead = world.plane.restored > 0 and host.lossy
     for item in told.items.values():
-        if item.kind != "event":
+        if item.kind != "event" and not ahead:
             digest = digest_of(base64.b64decode(json.loads(item.body)["payload"]))
             must(digest in stored, "item %d of %s (%s) is not at the plane", item.out_seq, host.name, item.kind)
     for digest, outcome in told.outcomes.items():

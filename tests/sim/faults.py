@@ -46,22 +46,31 @@ def stall(world: "World", host: Host) -> None:
 
 
 def whisper(world: "World", host: Host) -> None:
-    """Answers come late by a while, and then none do: long enough for leases to run out that were counted from the wrong moment."""
+    """One beat is answered late, and none after it: long enough for leases to run out that were counted from the wrong moment."""
     on_loss = world.rng.choice([OnLoss.STOP, OnLoss.FREEZE])
     world.users.start_on(host, on_loss=on_loss, run_ms=400_000, plain=True)
-    late_us = world.rng.randrange(6, 25) * SECOND_US
-    world.story.say("net", "of %s is heard late by %d s, and then not at all", host.name, late_us // SECOND_US)
-    begin_us = world.rng.randrange(15) * SECOND_US
+    late_us = world.rng.randrange(6, 23) * SECOND_US
+    begin_us = world.rng.randrange(2, 15) * SECOND_US
+    heard: list[str] = []
+
+    def one_beat(_line: Line, way: str, frame: str) -> str:
+        if way == UP and frame.startswith('{"t":"beat"') and '"res"' in frame:
+            heard.append(frame)
+            return frame if len(heard) == 1 else ""
+        return frame
 
     def late() -> None:
-        host.network.stall(DOWN)
+        if not world.healing:
+            world.story.say("net", "of %s is heard late by %d s, and then not at all", host.name, late_us // SECOND_US)
+            host.network.taps.append(one_beat)
+            host.network.stall(DOWN)
 
     def silent() -> None:
         host.network.clear()
         # What was held back arrives; nothing that is said from now on does.
         world.timeline.after(None, SECOND_US, lambda: None if world.healing else host.network.stall(UP, DOWN))
 
-    world.timeline.after(None, begin_us, lambda: None if world.healing else late())
+    world.timeline.after(None, begin_us, late)
     world.timeline.after(None, begin_us + late_us, lambda: None if world.healing else silent())
     world.linger((begin_us + late_us) / SECOND_US + 90)
 
@@ -85,7 +94,7 @@ def absent(world: "World", host: Host) -> None:
     """A machine is out of reach, or asleep, for about as long as a lease lasts, and comes back while its attempt is still there."""
     for on_loss in (OnLoss.FREEZE, OnLoss.STOP):
         world.users.start_on(host, on_loss=on_loss, run_ms=400_000, plain=True)
-    away_us = world.rng.randrange(40, 110) * SECOND_US
+    away_us = world.rng.choice([world.rng.randrange(40, 110), world.rng.randrange(56, 74)]) * SECOND_US
     begin_us = world.rng.randrange(2, 10) * SECOND_US
     asleep = world.rng.random() < 0.5
 
@@ -122,6 +131,24 @@ def relapse(world: "World", host: Host) -> None:
 
     daemon.hearing = stumble
     world.linger(130)
+
+
+def drowse(world: "World", host: Host) -> None:
+    """The lid is closed at the moment of a welcome: it is heard when it has long ceased to be true, with commands behind it."""
+    on_loss = world.rng.choice([OnLoss.STOP, OnLoss.FREEZE])
+    most_s = world.rng.choice([70, 300])
+    host.network.cut()
+    world.users.start_on(host, on_loss=on_loss, run_ms=400_000, plain=True)
+
+    def close_lid(_line: Line, way: str, frame: str) -> str:
+        if way == DOWN and frame.startswith('{"t":"welcome"') and host.awake and not world.healing:
+            host.network.taps.remove(close_lid)
+            world.timeline.after(None, 0, host.suspend)
+            _for_a_while(world, most_s, lambda: world.wake(host))
+        return frame
+
+    host.network.taps.append(close_lid)
+    world.linger(most_s + 50)
 
 
 def storm(world: "World", host: Host) -> None:
@@ -388,6 +415,7 @@ FAULTS: dict[str, Fault] = {
         strand,
         absent,
         relapse,
+        drowse,
         storm,
         hole,
         replay,
@@ -414,5 +442,5 @@ FAULTS: dict[str, Fault] = {
         back_up,
     )
 }
-SCENES = frozenset({"whisper", "strand", "absent", "relapse"})
+SCENES = frozenset({"whisper", "strand", "absent", "relapse", "drowse"})
 """These play once in a world: they begin with work of their own, and take their time."""

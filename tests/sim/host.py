@@ -175,6 +175,8 @@ class Host:
     """No room for anything but what was reserved."""
     broken: bool = False
     """The disk answers with errors."""
+    lossy: bool = False
+    """Its network loses and reorders frames."""
     cgroup: bool = False
     """Payloads are in cgroups of their own: nothing escapes."""
     disk_ms: int = 2

@@ -329,7 +329,7 @@ class Network:
         """Show a frame to all taps."""
         assert isinstance(frame, str), "no data is sent in a simulation"
         self.frames += 1
-        for tap in self.taps:
+        for tap in list(self.taps):
             frame = tap(line, way, frame)
         return frame
 

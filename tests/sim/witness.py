@@ -114,6 +114,7 @@ class Grant:
     attempt: Attempt
     runner: str
     on_loss: str
+    signed_us: int
     until_us: int
     """The plane's own deadline."""
 
@@ -195,13 +196,18 @@ class Witness:
             self.story.must(known.attempt == attempt, "token %s was granted to two attempts", key)
             return
         self._regranted_in_time(command, key, signed_us)
-        grant = Grant(attempt, command.header["aud"]["runner"], lease["on_loss"], signed_us + lease["ttl_ms"] * MS_US)
+        until_us = signed_us + lease["ttl_ms"] * MS_US
+        grant = Grant(attempt, command.header["aud"]["runner"], lease["on_loss"], signed_us, until_us)
         self.grants[key] = grant
         self.leased.setdefault(attempt, []).append(grant)
 
     def _regranted_in_time(self, command: Signed, key: tuple[str, int], signed_us: int) -> None:
         for (res, token), before in self.grants.items():
             if res != key[0]:
+                continue
+            if before.signed_us > signed_us:
+                # It was signed first, and is seen first only now: what came after it has waited for it, or for its end.
+                self.story.must(token > key[1], "token %d of %s was granted after token %d", token, res, key[1])
                 continue
             self.story.must(token < key[1], "token %d of %s was granted after token %d", key[1], res, token)
             same_runner = before.runner == command.header["aud"]["runner"]
@@ -348,7 +354,7 @@ class Witness:
                 )
             case ReleaseAttempt(attempt):
                 must(
-                    told.attempts.get(attempt) in ("prepared", "stopping"),
+                    told.attempts.get(attempt) in ("prepared", "running", "stopping"),
                     "%s is released before PREPARED",
                     short(attempt),
                 )
@@ -398,7 +404,12 @@ class Witness:
         must(start.attempt == attempt, "I1: %s runs by the start of %s", name, start.attempt)
         must(start.header["args"]["argv"] == list(plan.argv), "I1: %s runs %s", name, plan.argv)
         must(start.header["aud"]["runner"] == host.name, "I1: %s runs on %s", name, host.name)
-        must(told.attempts.get(attempt) in ("prepared", "stopping"), "%s runs as %s", name, told.attempts.get(attempt))
+        must(
+            told.attempts.get(attempt) in ("prepared", "running", "stopping"),
+            "%s runs as %s",
+            name,
+            told.attempts.get(attempt),
+        )
         must(attempt not in told.unborn, "%s runs after it was stopped", name)
         accepted = any(o["outcome"] == "accepted" and o["cmd_id"] == plan.cmd_id for o in told.outcomes.values())
         must(accepted, "%s runs before its receipt", name)

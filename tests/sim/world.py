@@ -166,6 +166,7 @@ class World:
             keys.keyset,
             self.programs,
             wall_offset_ms=NOW_MS + rng.choice([0, 0, 5_000, -300_000]),
+            lossy=lossy,
             cgroup=rng.random() < 0.3,
         )
         network.reachable = lambda: host.awake

@@ -351,8 +351,9 @@ class EngineMachine(PassingMachine):
             self.a_sweep_is_through()
         elif self.heard:
             self.a_process_ends(0, False)
-        elif self.living:
-            # Hung shims come back, but for those that are to end: they are ended. What nobody guards is found.
+        elif self.living or self.world.engine.attempts.living:
+            # Hung shims come back, but for those that are to end: they are ended. What nobody guards is found, and who was silent
+            # is asked again.
             for attempt in self.guarded:
                 self.directories[attempt].hung = attempt in self.told_to_end
             self.elapse(LADDER_MS)
