@@ -483,6 +483,7 @@ class World:
             keyset=keyset or self.engine.keyset,
             certificate=certificate,
         )
+
     # --- shortcuts ----------------------------------------------------------------------------------------------
 
     def running(self, execution_id: str = "ex_1", token: int = 1, env: bytes | None = None, **over: Any) -> Turn:
