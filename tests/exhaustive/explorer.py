@@ -88,7 +88,7 @@ def _walk(first: Ground, done: Explored, states_max: int | None, *, heal: bool, 
         if depth == depth_max or (states_max is not None and done.states >= states_max):
             done.closed = False
             return
-        here, passed = ground.state(), []
+        here, passed = ground.state(), list[str]()
         try:
             for what, after in successors(ground):
                 done.transitions += 1

@@ -368,8 +368,9 @@ class Ground:
         wanted, self.preparing = self.preparing, {}
         behind = [attempt for attempt, its in self.dirs.items() if its.shim and its.phase is Phase.READY]
         for attempt, its in self.dirs.items():
-            here = {"shim": False, "child": False, "same_boot": False} if reboot else {}
-            self.dirs[attempt] = replace(its, connected=False, **here)
+            self.dirs[attempt] = replace(its, connected=False)
+            if reboot:
+                self.dirs[attempt] = replace(its, connected=False, shim=False, child=False, same_boot=False)
         for how in ("nothing", "bare", "ready", "unreleased") if wanted or behind else ("",):
             left = self.fork()
             for attempt in behind:

@@ -74,7 +74,7 @@ def signed(name: str, env: bytes, **meant: Attempt) -> Signed:
 
 def stories() -> dict[str, Story]:
     """A successor with a stop of the first or of the second; a lease that is taken again, or released, and a stop."""
-    long = {"exp": NOW_MS + 600_000}
+    long: dict[str, Any] = {"exp": NOW_MS + 600_000}
     told = {}
     for target in (FIRST, SECOND):
         world = World()

@@ -62,7 +62,7 @@ def _clone(thing: Any, seen: dict[int, Any]) -> Any:
 
 def state_of(thing: Any) -> Hashable:
     """Everything that a copy would have, as a value; equal states act alike."""
-    kind = type(thing)
+    kind: Any = type(thing)
     if not _told_by_parts(kind):
         return thing  # type: ignore[no-any-return]
     if kind is dict:
@@ -125,14 +125,14 @@ def _counted(kind: type, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @cache
-def _fields(kind: type) -> tuple[tuple[str, bool], ...]:
+def _fields(kind: Any) -> tuple[tuple[str, bool], ...]:
     return tuple((each.name, each.name in NUMBERS) for each in fields(kind))
 
 
 @cache
 def _projected(row: CommandRow | AttemptRow) -> Hashable:
     return tuple(
-        getattr(row, name) is not None if number else getattr(row, name) for name, number in _fields(type(row))
+        getattr(row, name) is not None if number else getattr(row, name) for name, number in _fields(row.__class__)
     )
 
 
@@ -141,9 +141,8 @@ def _projected(row: CommandRow | AttemptRow) -> Hashable:
 
 def cloned(journal: JournalModel) -> JournalModel:
     """Another journal with the same past."""
-    return JournalModel(
-        **{name: its if type(its) is tuple else its.copy() for name, its in vars(journal).items()},
-    )
+    parts: dict[str, Any] = vars(journal)
+    return JournalModel(**{name: its if type(its) is tuple else its.copy() for name, its in parts.items()})
 
 
 def journal_state(journal: JournalModel) -> Hashable:

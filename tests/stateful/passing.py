@@ -76,9 +76,15 @@ class PassingMachine(Machine):
             self.die(left=left)
 
     @precondition(lambda self: self.beats)
-    @rule(at=st.integers(0, 2), word=st.sampled_from(["renewed", "renewed", "refused", "silent"]), full=st.booleans())
-    def a_beat_is_answered(self, at: int, word: str, full: bool) -> None:
-        """Late, twice, with hints about everything or nothing."""
+    @rule(
+        at=st.integers(0, 2),
+        word=st.sampled_from(["renewed", "renewed", "refused", "silent"]),
+        full=st.booleans(),
+        late=st.booleans(),
+    )
+    def a_beat_is_answered(self, at: int, word: str, full: bool, late: bool) -> None:
+        """At once or late, once or twice, with hints about everything or nothing."""
+        self.elapse(3_000 if late else 0)
         self.answer(at % len(self.beats), word, full=full)
 
     def answer(self, at: int, word: str, *, full: bool) -> bool:
@@ -147,6 +153,12 @@ class PassingMachine(Machine):
         rows = self.world.engine.attempts.living_rows()
         leases = [row.lease for row in rows if row.lease is not None and row.lease.state is LeaseState.HELD]
         assert all(lease.deadline_ms > now_ms for lease in leases), "and then what is over is lost"
+
+    @rule()
+    def the_session_comes_up(self) -> None:
+        """Again, with everything that is held in its first beat."""
+        self.fuse = None
+        self.come_up()
 
     def come_up(self) -> None:
         """A handshake without news."""

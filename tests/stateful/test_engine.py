@@ -1,21 +1,41 @@
 """The engine against a machine: processes, directories and a journal that survive the daemon, in any order of events.
 
 The daemon may die in every turn: before its commit, or after it with only some of its effects done. A new one is built from the
-journal's image and from what the machine's directories show. What must hold is stated from the machine's own record.
+journal's image and from what the machine's directories show. Time goes on, leases are renewed, lost and granted anew, the machine
+sleeps, its owner closes it, shims hang and are killed. What must hold is stated from the machine's and the plane's own record.
 
 Hand mutants that were tried, each in the code as it is, and how each one fails:
 
-1. `Attempts.prepared` releases before it journals PREPARED (Persist left out): "a process runs only behind PREPARED".
-2. `Attempts.exited` looks up the newest attempt of the execution instead of the named one: two processes of one execution, or a
-   settlement that is missing at the end.
+1. `Attempts.accept` journals no PREPARED: "a process runs only behind PREPARED".
+2. `Attempts.exited` looks up the newest attempt of the execution instead of the named one: "an attempt is settled once".
 3. `Attempts.prepared` does not look at tombstones: "nothing runs after it was stopped".
-4. `takeback._hold` claims nothing: two processes of one execution after a crash.
-5. `recovery._begun` takes a free lock for never released (no look at the phase): "an attempt starts once".
-6. `Engine._resume` skips commands without an effect yet (recovers attempts only): a consumed command without a receipt at the end.
-7. `Ledger.bury` keeps its tombstone in memory only (no PutTombstone in `_bury`): "nothing runs after it was stopped", by a crash.
-8. `Attempts.admit` ends no predecessor: a_predecessor_is_told_to_end.
-9. `Engine._session_up` keeps the old mark in a new incarnation: commands of the new one are never consumed.
+4. `takeback._hold` claims nothing: "one process per execution".
+5. `recovery._begun` takes a free lock for never released: "an attempt starts once".
+6. `Engine._resume` judges nothing again: "every consumed command has its receipt".
+7. `Attempts._bury` keeps its tombstone in memory only: "nothing runs after it was stopped", by a crash.
+8. `Attempts.admit` fences no predecessor: "none begins behind a later one", or a_predecessor_is_told_to_end.
+9. `Engine._session_up` keeps the old mark in a new incarnation: the_mark_never_falls.
 10. `Attempts.end` forgets who stopped (no Persist): a_predecessor_is_told_to_end.
+11. `Leases.acquire` takes any token: "no lease outlives its grant".
+12. `Rhythm.answered` ends the waking by any answer: "an answer from before the sleep says nothing of after".
+13. `Leases.tick` judges while the machine wakes: "no lease is lost before the plane was asked".
+14. `Gate` opens at every start: "a closed machine takes no new work".
+15. `Orphans.found` takes guarded processes for orphans: "what is guarded is never swept".
+16. `Orphans.silent` ends a shim that does not answer: "a shim is ended only where its end was signed, or its lease is lost".
+17. `Orphans._overdue` tells of a hung shim and leaves it: "it comes to rest".
+18. `recovery._begun` does not ask for the boot: "what is guarded is never swept".
+19. `Leases.granted` takes over a lease of another boot: "no lease outlives its grant".
+20. `Attempts.prepared` does not look at the fence: "none begins behind a later one".
+21. `takeback.adopt` says no lease: shims_know_what_the_journal_knows.
+22. `Leases.acquire` does not tell a shim that it must enforce nothing any more: shims_know_what_the_journal_knows.
+23. `Leases.beat_answered` counts from the answer: "no lease outlives its grant".
+24. `Gate.tick` stops nothing at the deadline of a drain: "a drain ends what still runs".
+25. `Leases.granted` grants anew at a restart: "nothing begins under a lease that was given up".
+26. `Orphans._unguarded` takes everything for settled: "only what is settled is swept unasked".
+27. `Leases.refusal` does not ask whether a lease is held: "nothing begins under a lease that was given up".
+28. `Gate.refusal` lets starts through a pause: "a closed machine takes no new work".
+29. `Gate.owner` keeps no word: "a closed machine takes no new work", by a crash.
+30. `Orphans.tick` only connects to a shim that was silent: shims_know_what_the_journal_knows.
 """
 
 import sys

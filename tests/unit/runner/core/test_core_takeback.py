@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from protocol.errors import Reason
+from protocol.events import Event, EventKind
 from protocol.execution import AttemptState
 from protocol.receipt import Outcome, Verdict
 from runner.core.effects import (
@@ -14,11 +15,14 @@ from runner.core.effects import (
     CollectAttempt,
     CreateWorktree,
     Note,
+    Offer,
+    Persist,
     PrepareAttempt,
     ReleaseAttempt,
     RemoveWorktree,
     ReportAgain,
     ScanOrphans,
+    SendBeat,
     StopAttempt,
     SweepAttempt,
 )
@@ -178,6 +182,29 @@ def test_a_directory_nobody_knows_is_cleared_or_reported() -> None:
     note = turn.one(Note)
     assert (note.event, note.fields["attempt"]) == ("alarm.raised", "ex_9.1")
     assert world.released == []
+
+
+def test_what_lives_here_and_the_journal_does_not_know_is_kept_told_and_ended_by_a_signed_word() -> None:
+    """1. The journal is set back. 2. A shim of later lives. 3. It is adopted and told. 4. A stop reaches it. 5. Its end is heard."""
+    world = World()
+    turn = world.crash(seen("ex_9"))
+    assert turn.has(AdoptAttempt) and not turn.has(SweepAttempt) and not turn.has(AbandonAttempt)
+    event = Event.parse(turn.items[0].body.encode())
+    assert (event.kind, event.execution_id, event.start_token) == (EventKind.ATTEMPT_UNKNOWN, "ex_9", 1)
+    assert world.session().one(SendBeat).attempts == (an_attempt("ex_9"),)
+    stopped = world.send(world.stop("ex_9", grace_ms=7, cmd_id="cmd_stop"))
+    assert stopped.one(StopAttempt) == StopAttempt(an_attempt("ex_9"), 7, "cmd_stop")
+    assert stopped.receipt.result == {"state": "tombstone"}
+    ended = world.exit("ex_9")
+    assert list(ended) == [CollectAttempt(an_attempt("ex_9"))]
+    assert world.session().one(SendBeat).attempts == ()
+
+
+@pytest.mark.parametrize("over", [{"lock_held": False}, {"same_boot": False}, {"exit": an_exit()}])
+def test_what_ran_and_is_over_and_unknown_is_told_and_left_alone(over: dict[str, Any]) -> None:
+    """Nobody is connected to, and nothing is removed: somebody has to look at it."""
+    turn = World().crash(seen("ex_9", **over))
+    assert [type(effect) for effect in turn] == [Note, Persist, Offer, ScanOrphans]
 
 
 @pytest.mark.parametrize(
