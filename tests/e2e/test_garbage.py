@@ -273,7 +273,7 @@ LINES: dict[str, tuple[bytes, str]] = {
     "an array": (b"[]\n", "BAD_FRAME"),
     "more than a request": (b'{"verb":"status","args":{},"more":1}\n', "BAD_FRAME"),
     "a number for a verb": (b'{"verb":1,"args":{}}\n', "BAD_FRAME"),
-    "an unknown verb": (b'{"verb":"shutdown","args":{}}\n', "UNSUPPORTED_KIND"),
+    "an unknown verb": (b'{"verb":"dance","args":{}}\n', "UNSUPPORTED_KIND"),
     "a stop of nobody": (b'{"verb":"stop","args":{"execution_id":"../x"}}\n', "UNKNOWN_TARGET"),
     "a stop without a name": (b'{"verb":"stop","args":{"execution_id":7}}\n', "BAD_ARGS"),
 }

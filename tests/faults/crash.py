@@ -34,8 +34,8 @@ class Order:
 
     env: bytes
     proven: Callable[[Receipt], Awaitable[None]]
-    over: bytes | None = None
-    """A command that ends what would else live on through the next case."""
+    over: Callable[[], Awaitable[None]] | None = None
+    """Ends what would else live on, or die at the point of the next case."""
 
     @property
     def digest(self) -> Digest:
@@ -61,10 +61,10 @@ class Crash:
         before = self.system.plane.sessions
         await self.system.stand.start_daemon(LOCAL_RUNNER_FAILPOINTS=failpoints)
         await self.system.plane.online(before)
-        self._quiet = False
 
     async def stopped(self) -> None:
         """No daemon, however the last one ended."""
+        self._quiet = False
         running = self.system.stand._running
         if "daemon" in running and running["daemon"].returncode is None:
             await self.system.stand.kill("daemon")
@@ -102,7 +102,7 @@ class Crash:
         await order.proven(receipt)
         assert len(self._bodies("cmd_digest", order.digest, "outcome")) == 1, "one command, one receipt"
         if order.over is not None:
-            await plane.fate(order.over)
+            await order.over()
         return receipt
 
     def _bodies(self, name: str, value: str, kind: str) -> set[str]:
@@ -178,8 +178,12 @@ class Crash:
             refused = await self.system.plane.fate(lower)
             assert (refused.outcome, refused.reason) == (Outcome.REFUSED, "FENCED")
 
-        stop = self.system.plane.command(Kind.EXECUTION_STOP, {"target": _attempt(execution), "grace_ms": 0})
-        return Order(env, proven, stop)
+        async def ended() -> None:
+            stop = self.system.plane.command(Kind.EXECUTION_STOP, {"target": _attempt(execution), "grace_ms": 0})
+            await self.system.plane.fate(stop)
+            await self.settled(execution)
+
+        return Order(env, proven, ended)
 
     async def create(self) -> Order:
         """A worktree with a branch of its own."""
