@@ -26,7 +26,7 @@ from hypothesis.stateful import initialize
 
 from runner.adapters.journal import SqliteJournal
 from runner.core.effects import Effect, Note
-from runner.core.inputs import Input, Now, PolicyChanged
+from runner.core.inputs import Input, Now, PolicyChanged, Woke
 from runner.core.journaling import Image, Write
 from runner.pump import Pump
 from tests.stateful.test_engine import EngineMachine
@@ -129,7 +129,16 @@ class PumpMachine(EngineMachine):
     ) -> bool:
         """True when the daemon died of it."""
         died = False
-        pump = Pump(self.world.engine, journal, StillClock(self.world), hands)  # type: ignore[arg-type]
+        # That the machine slept is not put: the pump asks, so that no moment that came due meanwhile goes first.
+        sleeps = [happened.slept_ms for happened in inputs if isinstance(happened, Woke)]
+        inputs = [happened for happened in inputs if not isinstance(happened, Woke)]
+        pump = Pump(
+            self.world.engine,
+            journal,
+            StillClock(self.world),  # type: ignore[arg-type]
+            hands,
+            slept=lambda: sleeps.pop() if sleeps else None,
+        )
         try:
             with anyio.fail_after(TURN_S):
                 await pump.perform(effects)
