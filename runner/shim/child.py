@@ -13,6 +13,7 @@ import posix as os
 import resource
 
 from runner.shim import system
+from runner.shim.spec import EVENTS_FD
 from runner.shim.system import signals
 
 TYPE_CHECKING = False
@@ -39,39 +40,40 @@ class SpawnError(Exception):
 
 
 class Child:
-    """A started child and the read ends of its output."""
+    """A started child and our ends of its pipes: its output by descriptor there, and its stdin, -1 where that is /dev/null."""
 
-    __slots__ = ("pid", "start", "started_ms", "started_ns", "stderr_fd", "stdout_fd")
+    __slots__ = ("outputs", "pid", "start", "started_ms", "started_ns", "stdin_fd")
 
-    def __init__(self, pid: int, stdout_fd: int, stderr_fd: int, started_ns: int, started_ms: int) -> None:
+    def __init__(self, pid: int, outputs: dict[int, int], stdin_fd: int, started_ns: int, started_ms: int) -> None:
         self.pid = pid
         self.start = system.start_time(pid)
         self.started_ns = started_ns
         self.started_ms = started_ms
-        self.stdout_fd = stdout_fd
-        self.stderr_fd = stderr_fd
+        self.outputs = outputs
+        self.stdin_fd = stdin_fd
 
 
 def spawn(spec: Spec, env: dict[bytes, bytes]) -> Child:
     """Start the child of `spec` with exactly `env`. Raises SpawnError when it never ran."""
-    fds: list[int] = []
+    ours: dict[int, int] = {}
+    theirs: dict[int, int] = {}
     try:
-        fds.extend(os.pipe2(os.O_CLOEXEC))
-        fds.extend(os.pipe2(os.O_CLOEXEC))
-        out, out_write, err, err_write = fds
-        os.set_blocking(out, False)
-        os.set_blocking(err, False)
+        for target in ((0,) if spec.stdin else ()) + (1, 2) + ((EVENTS_FD,) if spec.events else ()):
+            read, write = os.pipe2(os.O_CLOEXEC)
+            ours[target], theirs[target] = (write, read) if target == 0 else (read, write)
+            os.set_blocking(ours[target], False)
         started_ns, started_ms = system.wall_ns(), system.boottime_ms()
-        pid = _spawn_within(spec, env, out_write, err_write)
+        pid = _spawn_within(spec, env, theirs)
     except BaseException as exc:
-        for fd in fds:
+        for fd in (*ours.values(), *theirs.values()):
             os.close(fd)
         if isinstance(exc, OSError):
             raise SpawnError("SPAWN_FAILED", f"pipe: {exc.strerror}") from exc
         raise
-    os.close(out_write)
-    os.close(err_write)
-    return Child(pid, out, err, started_ns, started_ms)
+    for fd in theirs.values():
+        os.close(fd)
+    stdin_fd = ours.pop(0, -1)
+    return Child(pid, ours, stdin_fd, started_ns, started_ms)
 
 
 def enlarge_pipe(fd: int) -> None:
@@ -108,7 +110,7 @@ def resolve(argv0: bytes, env: dict[bytes, bytes]) -> bytes:
     raise SpawnError("EXEC_NOT_FOUND", f"{_shown(argv0)} was not found")
 
 
-def _spawn_within(spec: Spec, env: dict[bytes, bytes], out_write: int, err_write: int) -> int:
+def _spawn_within(spec: Spec, env: dict[bytes, bytes], pipes: dict[int, int]) -> int:
     try:
         os.chdir(spec.cwd)
     except OSError as exc:
@@ -119,7 +121,7 @@ def _spawn_within(spec: Spec, env: dict[bytes, bytes], out_write: int, err_write
     try:
         path = resolve(spec.argv[0], env)
         lowered = _lower_limits(spec.rlimits, limits)
-        pid = _posix_spawn(path, spec.argv, env, out_write, err_write)
+        pid = _posix_spawn(path, spec.argv, env, pipes)
         for number, pair in lowered:
             _limit_child(pid, number, pair)
     finally:
@@ -132,12 +134,13 @@ def _spawn_within(spec: Spec, env: dict[bytes, bytes], out_write: int, err_write
     return pid
 
 
-def _posix_spawn(path: bytes, argv: list[bytes], env: dict[bytes, bytes], out: int, err: int) -> int:
-    actions = [
-        (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
-        (os.POSIX_SPAWN_DUP2, out, 1),
-        (os.POSIX_SPAWN_DUP2, err, 2),
+def _posix_spawn(path: bytes, argv: list[bytes], env: dict[bytes, bytes], pipes: dict[int, int]) -> int:
+    # In this order no descriptor is overwritten before it was duplicated: ours are 3 or higher.
+    actions: list[tuple[int, int, str, int, int] | tuple[int, int, int]] = [
+        (os.POSIX_SPAWN_DUP2, fd, target) for target, fd in pipes.items()
     ]
+    if 0 not in pipes:
+        actions.append((os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0))
     try:
         return os.posix_spawn(
             path,

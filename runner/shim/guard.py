@@ -18,7 +18,7 @@ from runner.shim import (
     links,
     machine,
     output,
-    records,
+    pipes,
     report,
     spec,
     system,
@@ -48,6 +48,8 @@ FAULTS_MAX: Final = 3
 # No sleep that is shorter costs a lease its renewal.
 WAKE_GAP_MS: Final = 5_000
 _READABLE: Final = select.POLLIN
+# In these a writer can be made to wait: behind them all that comes is what the dead left in their pipes.
+_HOLDS: Final = (machine.RUNNING, machine.STOPPING)
 
 
 class Guard:
@@ -67,8 +69,8 @@ class Guard:
         self.spec: spec.Spec | None = None
         self.env: dict[bytes, bytes] = {}
         self.child: child.Child | None = None
-        self.pipes: dict[int, int] = {}
-        self.small_pipes: set[int] = set()
+        self.pipes = pipes.Pipes(self.poll)
+        self.signalled: dict[bytes, int] = {}
         self.exit_frame = b""
         self.exit_json = b""
         self.slept_ms = system.boottime_ms() - system.awake_ms()
@@ -101,19 +103,16 @@ class Guard:
                 kill_wait_ms=wanted.kill_wait_ms,
                 timeout_ms=wanted.timeout_ms,
                 lease=wanted.lease,
+                idle_ms=wanted.idle_ms,
             )
         self._point("ready")
         # Before the files are made: the daemon's commit, which the release waits for, runs beside them.
         self.links.tell(hearing.welcome(self))
         self.poll.register(self.links.listen(self.dirfd), _READABLE)
-        self.log = output.Log(
-            report.make_log_directory(self.dirfd),
-            attempt,
-            segment_bytes=segment,
-            spool_bytes=spool,
-            floor_bytes=self.spec.floor_bytes if self.spec is not None else 0,
-            warm=self.warm,
-        )
+        log_fd = report.make_log_directory(self.dirfd)
+        self.log = output.Log(log_fd, attempt, segment_bytes=segment, spool_bytes=spool, warm=self.warm)
+        if self.spec is not None:
+            self.log.heed(self.spec)
         self.story.write_meta("ready")
         files.reserve(self.dirfd, report.EXIT_NAME)
         self.step(machine.FAULT, detail=failure) if failure else self.step(machine.TICK)
@@ -129,8 +128,11 @@ class Guard:
     def turn(self) -> None:
         """Wait for the next event or deadline and answer it. Raises whatever goes wrong."""
         for fd, _event in self.poll.poll(self._wait_ms()):
-            if fd in self.pipes:
+            if fd in self.pipes.open:
                 self._copy(fd)
+            elif fd == self.pipes.stdin.fd:
+                if self.pipes.feed():
+                    self.links.tell(hearing.fed(self))
             elif fd == self.wake_fd:
                 self._reap()
             elif fd in self.links.by_fd:
@@ -145,6 +147,8 @@ class Guard:
         if self.machine.state == machine.EXITED:
             self._linger()
             return
+        if self.pipes.held:
+            self._let_go_on()
         if os.fstat(self.dirfd).st_nlink == 0 or (self.log is not None and self.log.gone):
             self.step(machine.FAULT, detail="the attempt's directory was deleted")
         self.step(machine.TICK)
@@ -166,23 +170,28 @@ class Guard:
 
     def _copy(self, fd: int) -> None:
         assert self.log is not None
+        if self.pipes.held:
+            return  # since an earlier event of this round
         now_ms = system.boottime_ms()
-        count = self.log.copy(fd, self.pipes[fd], system.wall_ns(), now_ms)
+        if self.machine.state in _HOLDS and self.log.full():
+            self.pipes.hold(True)
+            return
+        count = self.pipes.copy(self.log, fd, system.wall_ns(), now_ms)
         if count > 0:
             self.machine.output_ms = now_ms
-            if count >= records.PAYLOAD_MAX and fd in self.small_pipes:
-                self.small_pipes.discard(fd)
-                child.enlarge_pipe(fd)
-        elif count == 0:
-            self._close_pipe(fd)
-            if not self.pipes:
-                self.step(machine.CLOSED)
+        elif count == 0 and not self.pipes.open:
+            self.step(machine.CLOSED)
 
-    def _close_pipe(self, fd: int) -> None:
-        del self.pipes[fd]
-        self.small_pipes.discard(fd)
-        self.poll.unregister(fd)
-        os.close(fd)
+    def _let_go_on(self) -> None:
+        """Read on when there is room again, or when nobody is left to wait."""
+        assert self.log is not None
+        if self.machine.state not in _HOLDS:
+            self.log.lift()
+        elif self.log.full():
+            # Who waits for us is not idle.
+            self.machine.output_ms = system.boottime_ms()
+            return
+        self.pipes.hold(False)
 
     def _hear(self, link: links.Link) -> None:
         fd = link.sock.fileno()
@@ -268,10 +277,7 @@ class Guard:
         self.child = self.story.child = started
         living.begin(started.pid)
         self.story.asks(living)
-        for fd, kind in ((started.stdout_fd, records.STDOUT), (started.stderr_fd, records.STDERR)):
-            self.pipes[fd] = kind
-            self.small_pipes.add(fd)
-            self.poll.register(fd, _READABLE)
+        self.pipes.begin(started)
         self.step(machine.SPAWNED)
         try:
             self.story.write_meta("running")
@@ -281,6 +287,8 @@ class Guard:
         if living.leaf is not None and living.leaf.failure is not None:
             files.note_failure(self.dirfd, living.leaf.failure)
         self.links.tell(hearing.started(started))
+        if self.spec is not None and self.spec.stdin:
+            self.links.tell(hearing.fed(self))
 
     def _reap(self) -> None:
         try:
@@ -296,13 +304,14 @@ class Guard:
                 break
             if self.child is not None and pid == self.child.pid and self.story.status is None:
                 self.story.child_ended(status, usage)
+                self.pipes.stdin.close()
+                self.pipes.watch_stdin()
                 self._point("child_ended")
                 self.step(machine.ENDED)
 
     def _finish(self) -> None:
         assert self.log is not None
-        for fd in list(self.pipes):
-            self._close_pipe(fd)
+        self.pipes.close_all()
         if self.tree is not None:
             self.machine.survivors = self.story.part(self.tree, self.machine.survivors)
         body = self.story.exit_object(self.machine, self.log)
@@ -319,7 +328,7 @@ class Guard:
             self._make_durable()
 
     def _tell_exit(self, body: dict[str, files.Json], log: output.Log) -> None:
-        body["log"] = {"end": log.end, "segments": log.segments, "chain": log.chain.hex()}
+        body["log"] = report.log_end(log)
         self.exit_json = files.encode(body).encode("ascii")
         self.exit_frame = wire.pack(wire.EXIT, self.exit_json)
         self.links.tell(self.exit_frame)

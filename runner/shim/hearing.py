@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from runner.shim import lease, machine, spec, system, wire
+import posix as os
+
+from runner.shim import lease, machine, process, spec, system, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -12,7 +14,11 @@ if TYPE_CHECKING:
     from runner.shim.guard import Guard
     from runner.shim.links import Link
 
-_GREETED_ONLY: Final = (wire.RELEASE, wire.LEASE, wire.STOP, wire.COLLECTED, wire.ARM, wire.TRIM)
+_GREETED_ONLY: Final = (
+    wire.RELEASE, wire.LEASE, wire.STOP, wire.COLLECTED, wire.ARM, wire.TRIM, wire.INPUT, wire.SIGNAL, wire.LIMIT,
+)  # fmt: skip
+# Signals that are remembered by their id: a daemon says again only what had no answer before it died.
+SIGNALS_MAX: Final = 256
 _PHASES: Final = {
     machine.READY: wire.PHASE_READY,
     machine.RELEASED: wire.PHASE_RELEASED,
@@ -45,6 +51,12 @@ def obey(guard: Guard, link: Link, kind: int, body: bytes) -> None:
         link.armed = wire.unpack_offset(body)
     elif kind == wire.TRIM and guard.log is not None:
         guard.log.trim(wire.unpack_offset(body))
+    elif kind == wire.LIMIT and guard.log is not None:
+        guard.log.limit(wire.unpack_offset(body))
+    elif kind == wire.INPUT:
+        _feed(guard, link, body)
+    elif kind == wire.SIGNAL:
+        _signal(guard, link, body)
 
 
 def welcome(guard: Guard) -> bytes:
@@ -65,14 +77,53 @@ def started(child: Child) -> bytes:
     return wire.pack_started(child.pid, child.start, child.started_ns)
 
 
+def fed(guard: Guard) -> bytes:
+    """The FED frame as things stand."""
+    stdin = guard.pipes.stdin
+    return wire.pack_fed(stdin.received, stdin.credit, closed=stdin.closed)
+
+
 def _greet(guard: Guard, link: Link) -> None:
     link.greeted = True
     guard.links.displace(link, keep_controller=guard.machine.state == machine.READY)
     guard.links.send(link, welcome(guard))
     if guard.child is not None:
         guard.links.send(link, started(guard.child))
+        if guard.spec is not None and guard.spec.stdin:
+            guard.links.send(link, fed(guard))
     if guard.exit_frame:
         guard.links.send(link, guard.exit_frame)
+
+
+def _feed(guard: Guard, link: Link, body: bytes) -> None:
+    offset, data, end = wire.unpack_input(body)
+    stdin = guard.pipes.stdin
+    stdin.take(offset, data, end=end)
+    guard.pipes.feed()
+    guard.links.send(link, fed(guard))
+
+
+def _signal(guard: Guard, link: Link, body: bytes) -> None:
+    """To the child or to its whole tree, once for each id; CONT is not sent along, as it is with a stop."""
+    name, number, to = wire.unpack_signal(body)
+    if name not in guard.signalled:
+        guard.signalled[name] = _reached(guard, number, tree=to == wire.TO_TREE)
+        if len(guard.signalled) > SIGNALS_MAX:
+            del guard.signalled[next(iter(guard.signalled))]
+    guard.links.send(link, wire.pack_signalled(name, guard.signalled[name]))
+
+
+def _reached(guard: Guard, number: int, *, tree: bool) -> int:
+    child = guard.child
+    if guard.tree is None or child is None or guard.machine.state == machine.EXITED:
+        return 0
+    if tree:
+        return sum(process.send(each, number, alone=True) for each in guard.tree.find())
+    if guard.story.status is not None:
+        return 0
+    # Not reaped yet, so the pid is still the child's.
+    os.kill(child.pid, number)
+    return 1
 
 
 def _release(guard: Guard, body: bytes) -> None:

@@ -15,6 +15,7 @@ Rule 4. After the child's own end the rest of its tree takes the same ladder, wi
 Rule 5. The ladder ends: when two scans in a row find nobody, or `kill_wait_ms` after the first KILL.
 Rule 6. A frozen tree is thawed before it is sent a TERM.
 Rule 7. Every time counts suspend, but waits that end in a verdict begin anew after a wake (WOKE): what they wait for slept too.
+Rule 8. Silence (`idle_ms`) counts from the last output, thaw or wake, whichever was last; what is frozen is not silent.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ FREEZE, THAW = leases.FREEZE, leases.THAW
 # Causes.
 CAUSE_NONE, CAUSE_STOP, CAUSE_TIMEOUT, CAUSE_LEASE = "none", "stop", "timeout", "lease"
 CAUSE_UNRELEASED, CAUSE_EXEC_FAILED, CAUSE_SHIM_FAILED = "unreleased", "exec_failed", "shim_failed"
-CAUSE_FENCED = "fenced"
+CAUSE_FENCED, CAUSE_IDLE = "fenced", "idle"
 
 # A daemon that has not released within half a minute has forgotten the attempt.
 RELEASE_WAIT_MS: Final = 30_000
@@ -71,7 +72,14 @@ class Machine:
     """One attempt's state. `step` takes an input and the time and returns the actions to perform, in order."""
 
     def __init__(
-        self, *, now_ms: int, grace_ms: int, kill_wait_ms: int, timeout_ms: int | None, lease: Lease | None
+        self,
+        *,
+        now_ms: int,
+        grace_ms: int,
+        kill_wait_ms: int,
+        timeout_ms: int | None,
+        lease: Lease | None,
+        idle_ms: int | None = None,
     ) -> None:
         self.state = READY
         self.cause = Cause(CAUSE_NONE)
@@ -84,6 +92,7 @@ class Machine:
         self._grace_ms = grace_ms
         self._kill_wait_ms = kill_wait_ms
         self._timeout_ms = timeout_ms
+        self._idle_ms = _NEVER if idle_ms is None else idle_ms
         self._ready_end_ms = now_ms + RELEASE_WAIT_MS
         self._timeout_at = _NEVER
         self._kill_at = _NEVER
@@ -126,7 +135,7 @@ class Machine:
         if self.state == READY:
             due = min(self._ready_end_ms, self.tenure.give_up_ms())
         elif self.state == RUNNING:
-            due = min(self._timeout_at, self.tenure.due_ms())
+            due = min(self._timeout_at, self._idle_at(), self.tenure.due_ms())
         elif self.state == STOPPING:
             due = min(self._scan_at, self._kill_end if self._killing else self._kill_limit())
         elif self.state == DRAINING:
@@ -140,7 +149,7 @@ class Machine:
         if not self.spawned:
             return "never_started"
         if self.forced:
-            return "timed_out" if self.cause.kind == CAUSE_TIMEOUT else "stopped"
+            return "timed_out" if self.cause.kind in (CAUSE_TIMEOUT, CAUSE_IDLE) else "stopped"
         return "exited" if signal is None else "signalled"
 
     def blame(self, detail: str) -> None:
@@ -180,6 +189,7 @@ class Machine:
     def _spawned(self, now_ms: int, _number: int | None, _text: str, _detail: str) -> list[str]:
         self.state = RUNNING
         self.spawned = True
+        self.output_ms = now_ms
         if self._timeout_ms is not None:
             self._timeout_at = now_ms + self._timeout_ms
         return self._tick_running(now_ms, None, "", "")
@@ -205,10 +215,19 @@ class Machine:
             return self._force(now_ms, Cause(CAUSE_LEASE, detail=detail), self.tenure.grace_ms)
         if now_ms >= self._timeout_at:
             return self._force(now_ms, Cause(CAUSE_TIMEOUT), self._grace_ms)
+        if now_ms >= self._idle_at():
+            return self._force(now_ms, Cause(CAUSE_IDLE, detail=f"no output for {self._idle_ms} ms"), self._grace_ms)
         if asked == leases.FREEZE:
             self.tenure.frozen_ms = now_ms
             return [FREEZE]
-        return self._thaw() if asked == leases.THAW else []
+        if asked != leases.THAW:
+            return []
+        self.output_ms = now_ms
+        return self._thaw()
+
+    def _woke_running(self, now_ms: int, _number: int | None, _text: str, _detail: str) -> list[str]:
+        self.output_ms = now_ms
+        return self._tick_running(now_ms, None, "", "")
 
     def _ended_alone(self, _now_ms: int, _number: int | None, _text: str, _detail: str) -> list[str]:
         self._ended = True
@@ -286,6 +305,10 @@ class Machine:
     def _kill_limit(self) -> int:
         return min(self._kill_at, self._timeout_at + self._grace_ms, self.tenure.kill_ms())
 
+    def _idle_at(self) -> int:
+        # What is frozen can say nothing, and what has ended owes nothing.
+        return _NEVER if self._ended or self.tenure.frozen_ms is not None else self.output_ms + self._idle_ms
+
     def _quiet_at(self) -> int:
         return max(self._drain_from, self.output_ms) + QUIET_MS
 
@@ -343,7 +366,7 @@ _ROWS: Final[Mapping[str, Mapping[str, str]]] = {
         LEASE: "_tick_running",
         FAULT: "_fail",
         TICK: "_tick_running",
-        WOKE: "_tick_running",
+        WOKE: "_woke_running",
         ENDED: "_ended_alone",
         FOUND: "_found_alone",
         CLOSED: "_closed_early",

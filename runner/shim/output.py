@@ -4,6 +4,8 @@ Rule 1. `end` counts every record that was made, kept or not: offsets are never 
 Rule 2. What cannot be kept is a hole: the segment is sealed at its last whole record, the next starts behind it.
 Rule 3. Stream digests are over what the child wrote, holes included; segment digests over what is on disk.
 Rule 4. Output leaves the file system its floor: room that the journal needs is worth more than what a child says.
+Rule 5. At the limit acked segments go first. Then `overflow` says: the middle goes (head_tail), the writer waits (block),
+        or the newest is not kept (discard).
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import errno
 import posix as os
 
-from runner.shim import digest, records, system
+from runner.shim import digest, records, spec, system
 
 # ruff: noqa: SIM105 - contextlib is more than a shim may import
 TYPE_CHECKING = False
@@ -39,6 +41,19 @@ class Stream:
         self.digest = digest
 
 
+class Dropped:
+    """The middle that made room for the newest: segments from `start` to `end`, and the digests that lead in and out of it."""
+
+    __slots__ = ("before", "end", "last", "segments", "start")
+
+    def __init__(self, start: int, before: bytes) -> None:
+        self.start = start
+        self.end = start
+        self.segments = 0
+        self.before = before  # of the segment before the first that is gone
+        self.last = before  # of the last that is gone
+
+
 class Log:
     """The segments of one attempt, written through the descriptor of `log/`."""
 
@@ -57,12 +72,16 @@ class Log:
         self.gone = False  # the directory was deleted: nothing can be kept any more
         self.segments = 0
         self.chain = records.NO_DIGEST
-        self.streams = {kind: Stream(warm.digest.copy()) for kind in (records.STDOUT, records.STDERR)}
+        self.dropped: Dropped | None = None
+        self.streams = {kind: Stream(warm.digest.copy()) for kind in records.OUTPUTS[:2]}
         self._dirfd = dirfd
         self._attempt = attempt
         self._segment_bytes = segment_bytes
         self._spool_bytes = spool_bytes
         self._floor_bytes = floor_bytes
+        self._overflow = spec.DISCARD
+        self._head_bytes = 0
+        self._empty = warm.digest
         self._asked_bytes = FLOOR_ASK_BYTES  # kept since the room was asked for
         self._ask_at = 0
         self._roomy = True
@@ -71,12 +90,23 @@ class Log:
         self._base = 0
         self._size = 0
         self._head = 0
-        self._sealed: list[tuple[int, int]] = []
+        self._sealed: list[tuple[int, int, bytes]] = []  # base, size, digest
+        self._heads = 0  # how many of them belong to the head
+        self._below = records.NO_DIGEST  # of the segment before the oldest that is there
         self._spooled = 0
         self._trim = 0
         self._hole = False
         self._retry_at = 0
         self._slice(warm.buffer)
+
+    def heed(self, wanted: spec.Spec) -> None:
+        """What the spec says beyond sizes: floor, what goes at the limit, and whether there are events."""
+        self._floor_bytes = wanted.floor_bytes
+        self._overflow = wanted.overflow
+        # A head that filled the spool would leave the tail no room.
+        self._head_bytes = min(wanted.head_bytes, self._spool_bytes // 2)
+        if wanted.events:
+            self.streams[records.EVENT] = Stream(self._empty.copy())
 
     def copy(self, fd: int, kind: int, unix_ns: int, now_ms: int) -> int:
         """Read once from the pipe `fd` into the log; returns the bytes read, 0 at its end, -1 when it is empty."""
@@ -102,10 +132,27 @@ class Log:
         self._keep(self._buffer, sizes, unix_ns, now_ms)
         return count
 
+    def full(self) -> bool:
+        """Whether the writer has to wait until something was trimmed."""
+        if self._overflow != spec.BLOCK or self._hole or self._make_room(self._gather):
+            return False
+        # Only what is sealed can be given up, however little it is.
+        if self._size > self._head:
+            self._seal()
+        return not self._make_room(self._gather)
+
+    def lift(self) -> None:
+        """Keep what still comes, whatever the limit says."""
+        self._spool_bytes = 1 << 62
+
+    def limit(self, spool_bytes: int) -> None:
+        """Keep no more than this from now on; what is there above it goes when the next record needs room."""
+        self._spool_bytes = min(self._spool_bytes, spool_bytes)
+
     def finish(self, payload: bytes, unix_ns: int) -> None:
         """Write the exit record, whatever limit and floor say, and seal the log."""
         record = records.pack_record(records.EXIT, payload, unix_ns)
-        self._spool_bytes = 1 << 62
+        self.lift()
         self._floor_bytes = 0
         self._hole = False
         self._keep(memoryview(record), [len(record)], unix_ns, self._retry_at)
@@ -119,7 +166,7 @@ class Log:
 
     def sync(self) -> None:
         """Make every kept segment durable, as far as the disk can."""
-        for base, _size in self._sealed:
+        for base, _size, _digest in self._sealed:
             try:
                 fd = os.open(records.segment_name(base), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._dirfd)
             except OSError:
@@ -141,6 +188,8 @@ class Log:
         room = self._segment_bytes - header - records.HEADER_BYTES
         self._payload_max = min(records.PAYLOAD_MAX, room)
         self._stride = records.HEADER_BYTES + self._payload_max
+        # The most that one read adds: its records, and a header for each segment that they begin.
+        self._gather = system.GATHER_RECORDS * (self._stride + header)
         self._buffer = memoryview(buffer)
         self._slots = [
             self._buffer[at * self._stride + records.HEADER_BYTES : (at + 1) * self._stride]
@@ -264,7 +313,9 @@ class Log:
         self.chain = self._digest.finish()
         os.close(self._fd)
         self._fd = -1
-        self._sealed.append((self._base, self._size))
+        if self._base < self._head_bytes and self._heads == len(self._sealed):
+            self._heads += 1
+        self._sealed.append((self._base, self._size, self.chain))
         self.segments += 1
 
     def _resume_bytes(self) -> int:
@@ -287,8 +338,21 @@ class Log:
 
     def _make_room(self, size: int) -> bool:
         while self._spooled + size > self._spool_bytes:
-            if not self._drop_oldest():
+            if not (self._drop_oldest() or self._drop_middle()):
                 return False
+        return True
+
+    def _drop_middle(self) -> bool:
+        if self._overflow != spec.HEAD_TAIL or self._heads >= len(self._sealed):
+            return False
+        before = self._sealed[self._heads - 1][2] if self._heads else self._below
+        base, size, own = self._sealed[self._heads]
+        self._delete(self._heads)
+        if self.dropped is None:
+            self.dropped = Dropped(base, before)
+        self.dropped.end = base + size
+        self.dropped.last = own
+        self.dropped.segments += 1
         return True
 
     def _drop_trimmed(self) -> None:
@@ -298,11 +362,16 @@ class Log:
     def _drop_oldest(self) -> bool:
         if not self._sealed or self._sealed[0][0] + self._sealed[0][1] > self._trim:
             return False
-        base, size = self._sealed.pop(0)
+        self._below = self._sealed[0][2]
+        self._delete(0)
+        self._heads = max(0, self._heads - 1)
+        return True
+
+    def _delete(self, index: int) -> None:
+        base, size, _digest = self._sealed.pop(index)
         try:
             os.unlink(records.segment_name(base), dir_fd=self._dirfd)
         except FileNotFoundError:
             pass  # somebody else made the room
         self._spooled -= size
         self.first = self._sealed[0][0] if self._sealed else self._base if self._fd >= 0 else self.end
-        return True

@@ -119,8 +119,8 @@ def spared(kin: dict[int, Process], names: list[bytes], never: int) -> dict[int,
     return kept
 
 
-def send(process: Process, number: int) -> bool:
-    """Send `number`, then CONT (unless `number` stops), if it is still the same process; whether it was reached."""
+def send(process: Process, number: int, *, alone: bool = False) -> bool:
+    """Send `number`, then CONT (unless `alone`, or `number` stops), if it is still the same process; whether it was reached."""
     try:
         fd = os.pidfd_open(process.pid)
     except ProcessLookupError:
@@ -130,7 +130,7 @@ def send(process: Process, number: int) -> bool:
     try:
         if system.start_time(process.pid) != process.start:
             return False
-        for each in (number,) if number in (signals.SIGSTOP, signals.SIGCONT) else (number, signals.SIGCONT):
+        for each in (number,) if alone or number in (signals.SIGSTOP, signals.SIGCONT) else (number, signals.SIGCONT):
             if fd >= 0:
                 signals.pidfd_send_signal(fd, each)
             else:

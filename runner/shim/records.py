@@ -15,6 +15,9 @@ STDOUT: Final = 1
 STDERR: Final = 2
 SEGMENT: Final = 7
 EXIT: Final = 9
+EVENT: Final = 10
+# What a child writes; the last only where it was given a descriptor for it.
+OUTPUTS: Final = (STDOUT, STDERR, EVENT)
 SEGMENT_FORMAT: Final = 1
 NO_DIGEST: Final = bytes(32)
 

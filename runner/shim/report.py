@@ -23,7 +23,7 @@ EXIT_NAME: Final = "exit.json"
 PROTO_RANGE: Final = (1, 1)
 # Evidence of a tree that was not ended: enough to know what it is, and the record stays within what was reserved.
 LEFT_MAX: Final = 32
-_NAMES: Final = {records.STDOUT: "stdout", records.STDERR: "stderr"}
+_NAMES: Final = {records.STDOUT: "stdout", records.STDERR: "stderr", records.EVENT: "events"}
 
 
 class UsedDirectoryError(Exception):
@@ -137,6 +137,21 @@ class Story:
     def _note_end(self) -> None:
         self.ended_ns = system.wall_ns()
         self.ended_ms = system.boottime_ms()
+
+
+def log_end(log: Log) -> dict[str, Json]:
+    """Where the log ends, and what of it was dropped for the newest."""
+    told: dict[str, Json] = {"end": log.end, "segments": log.segments, "chain": log.chain.hex()}
+    gone = log.dropped
+    if gone is not None:
+        told["dropped"] = {
+            "start": gone.start,
+            "end": gone.end,
+            "segments": gone.segments,
+            "before": gone.before.hex(),
+            "last": gone.last.hex(),
+        }
+    return told
 
 
 def refuse_used_directory(dirfd: int) -> None:

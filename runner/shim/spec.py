@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 COOKIE_NAME: Final = b"LOCAL_RUNNER_COOKIE"
 ATTEMPT_NAME: Final = b"LOCAL_RUNNER_ATTEMPT"
+EVENTS_FD_NAME: Final = b"LOCAL_RUNNER_EVENTS_FD"
+EVENTS_FD: Final = 3
 ATTEMPT_BYTES_MAX: Final = 255
 SEGMENT_BYTES_MIN: Final = 1024
 SEGMENT_BYTES_DEFAULT: Final = 8_388_608
@@ -24,6 +26,10 @@ SIZE_MAX: Final = 1 << 62
 RLIMIT_MAX: Final = 63
 NAME_BYTES_MAX: Final = 255
 OUTLIVE_MAX: Final = 64
+# What happens to output beyond `spool_bytes`: its middle goes, its writer waits, its newest is not kept.
+HEAD_TAIL, BLOCK, DISCARD = "head_tail", "block", "discard"
+# A writer that waits must find room for one read when everything was trimmed.
+BLOCK_BYTES_MIN: Final = 1_048_576
 # Where a test can end or hold a shim, and how.
 POINTS: Final = ("ready", "released", "spawned", "child_ended", "exit_told", "exit_durable")
 POINT_ACTIONS: Final = ("kill", "stop")
@@ -48,17 +54,22 @@ class Spec:
         "cookie",
         "cwd",
         "env",
+        "events",
         "execution",
         "fail",
         "floor_bytes",
         "grace_ms",
+        "head_bytes",
+        "idle_ms",
         "kill_wait_ms",
         "lease",
         "outlive",
+        "overflow",
         "rlimits",
         "secret_names",
         "segment_bytes",
         "spool_bytes",
+        "stdin",
         "timeout_ms",
         "token",
         "umask",
@@ -99,6 +110,15 @@ class Spec:
             raise SpecError("cgroup: not absolute")
         self.outlive = _outlive(raw)
         self.floor_bytes = _optional_int(raw, "floor_bytes", SIZE_MAX) or 0
+        self.idle_ms = _optional_int(raw, "idle_ms", DURATION_MS_MAX)
+        self.overflow = str(raw.get("overflow") or DISCARD)
+        if self.overflow not in (HEAD_TAIL, BLOCK, DISCARD):
+            raise SpecError("overflow: not head_tail, block or discard")
+        if self.overflow == BLOCK and self.spool_bytes < BLOCK_BYTES_MIN:
+            raise SpecError(f"spool_bytes: below {BLOCK_BYTES_MIN}, with overflow block")
+        self.head_bytes = _optional_int(raw, "head_bytes", SIZE_MAX) or 0
+        self.stdin = raw.get("stdin") is True
+        self.events = raw.get("events") is True
         self.fail = _fail(raw)
 
 
@@ -140,6 +160,8 @@ def environment(spec: Spec, release: bytes) -> dict[bytes, bytes]:
         raise SpecError("release: the names of the secrets are not those of secret_names")
     env[COOKIE_NAME] = spec.cookie
     env[ATTEMPT_NAME] = spec.attempt
+    if spec.events:
+        env[EVENTS_FD_NAME] = b"%d" % EVENTS_FD
     return env
 
 

@@ -10,13 +10,18 @@ if TYPE_CHECKING:
 
 PROTO: Final = 1
 HELLO, RELEASE, LEASE, STOP, COLLECTED, ARM, TRIM, RENEW = 1, 2, 3, 4, 5, 6, 7, 8
+INPUT, SIGNAL, LIMIT = 9, 10, 11
 WELCOME, STARTED, EXIT, BELL = 129, 130, 131, 132
+FED, SIGNALLED = 133, 134
 PHASE_READY, PHASE_RELEASED, PHASE_RUNNING, PHASE_EXITED = 1, 2, 3, 4
 FRAME_MAX: Final = 65_536
 RELEASE_MAX: Final = 262_144
 GRACE_OF_SPEC: Final = 0xFFFF_FFFF
 WHO_BYTES_MAX: Final = 256
 DEADLINE_MS_MAX: Final = 1 << 62
+SIGNAL_MAX: Final = 64
+INPUT_END: Final = 1
+TO_CHILD, TO_TREE = 0, 1
 
 _LENGTH: Final = _struct.Struct("<I")
 HELLO_BODY: Final = _struct.Struct("<HHQ")
@@ -26,6 +31,10 @@ STOP_BODY: Final = _struct.Struct("<I")
 OFFSET_BODY: Final = _struct.Struct("<Q")
 WELCOME_BODY: Final = _struct.Struct("<HBQQQIQ")
 STARTED_BODY: Final = _struct.Struct("<IQQ")
+INPUT_BODY: Final = _struct.Struct("<QB")
+FED_BODY: Final = _struct.Struct("<QQB")
+SIGNAL_BODY: Final = _struct.Struct("<8sBB")
+SIGNALLED_BODY: Final = _struct.Struct("<8sI")
 
 
 class WireError(ValueError):
@@ -109,6 +118,32 @@ def pack_started(pid: int, start: int, started_ns: int) -> bytes:
 def pack_bell(end: int) -> bytes:
     """The BELL frame."""
     return pack(BELL, OFFSET_BODY.pack(end))
+
+
+def unpack_input(body: bytes) -> tuple[int, bytes, bool]:
+    """`(offset, data, end)` of INPUT; with `end` nothing comes behind. Raises WireError."""
+    offset, flags = _unpack(INPUT_BODY, body)
+    return offset, body[INPUT_BODY.size :], bool(flags & INPUT_END)
+
+
+def pack_fed(received: int, credit: int, *, closed: bool) -> bytes:
+    """The FED frame: how far stdin was received, up to where it may be sent, and whether anybody reads it."""
+    return pack(FED, FED_BODY.pack(received, credit, closed))
+
+
+def unpack_signal(body: bytes) -> tuple[bytes, int, int]:
+    """`(id, number, to)` of SIGNAL. Raises WireError."""
+    if len(body) < SIGNAL_BODY.size:
+        raise WireError("short body")
+    name, number, to = SIGNAL_BODY.unpack_from(body)
+    if not 0 < number <= SIGNAL_MAX or to not in (TO_CHILD, TO_TREE):
+        raise WireError("no such signal, or nobody to take it")
+    return name, number, to
+
+
+def pack_signalled(name: bytes, count: int) -> bytes:
+    """The SIGNALLED frame: how many processes the signal of that id reached."""
+    return pack(SIGNALLED, SIGNALLED_BODY.pack(name, count))
 
 
 def _grace(grace_ms: int) -> int | None:

@@ -257,10 +257,12 @@ class Log:
     """A log as read back: payload of each stream, records, holes, segments."""
 
     def __init__(self) -> None:
-        self.streams = {records.STDOUT: b"", records.STDERR: b""}
+        self.streams = {records.STDOUT: b"", records.STDERR: b"", records.EVENT: b""}
         self.kinds: list[int] = []
         self.exit: dict[str, Any] = {}
         self.holes: list[tuple[int, int]] = []
+        self.joints: list[tuple[bytes, bytes]] = []
+        """At each hole that swallowed segments: the digest in front of it, and the one that the segment behind it names."""
         self.segments: list[tuple[int, int]] = []
         self.end = 0
         self.chain = ""
@@ -289,6 +291,10 @@ def read_log(directory: Path, attempt: bytes) -> Log:
         for at, kind, payload in split_records(data):
             if at == 0:
                 assert kind == records.SEGMENT
+                named = records.unpack_segment(payload)[1]
+                if named != previous and base != log.end:
+                    log.joints.append((previous, named))
+                    previous = named
                 assert records.unpack_segment(payload) == (base, previous, attempt)
             elif kind == records.EXIT:
                 log.exit = json.loads(payload)

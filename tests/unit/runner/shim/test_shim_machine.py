@@ -397,3 +397,47 @@ def test_no_release_in_time_ends_the_attempt() -> None:
     assert machine.step(m.TICK, 31_000) == [m.FINISH]
     assert (machine.cause.kind, machine.cause.reason) == ("unreleased", "NOT_RELEASED")
     assert machine.verdict(None) == "never_started"
+
+
+# --- silence ----------------------------------------------------------------------------------------------------------
+
+
+def silent(idle_ms: int = 1_000, lease: ls.Lease | None = None) -> m.Machine:
+    """A child that runs since 0 and may be silent for so long."""
+    machine = m.Machine(
+        now_ms=0, grace_ms=GRACE_MS, kill_wait_ms=KILL_WAIT_MS, timeout_ms=None, lease=lease, idle_ms=idle_ms
+    )
+    machine.step(m.GO, 0)
+    machine.step(m.SPAWNED, 500)
+    return machine
+
+
+def test_silence_counts_from_the_start_and_from_each_output() -> None:
+    """Not from when the shim was made, and not once the child has ended."""
+    machine = silent()
+    assert machine.deadline_ms() == 1_500
+    assert machine.step(m.TICK, 1_499) == []
+    machine.output_ms = 1_499
+    assert machine.step(m.TICK, 2_498) == []
+    assert machine.step(m.TICK, 2_499) == [m.TERM]
+    assert (machine.cause.kind, machine.verdict(15)) == ("idle", "timed_out")
+    ended = silent()
+    ended.step(m.ENDED, 600)
+    assert ended.step(m.TICK, 9_000) == []
+
+
+def test_a_sleep_of_the_machine_is_no_silence() -> None:
+    """What it waits for slept, too."""
+    machine = silent()
+    machine.step(m.WOKE, 60_000)
+    assert machine.step(m.TICK, 60_999) == []
+    assert machine.step(m.TICK, 61_000) == [m.TERM]
+
+
+def test_what_is_frozen_is_not_silent() -> None:
+    """It begins anew with the thaw."""
+    machine = silent(idle_ms=50_000, lease=ls.Lease(1, 20_000, ls.ON_LOSS_FREEZE))
+    assert machine.step(m.TICK, 20_000) == [m.FREEZE]
+    assert machine.step(m.TICK, 200_000) == []
+    assert machine.step(m.LEASE, 200_000, lease=ls.Lease(2, 900_000, ls.ON_LOSS_FREEZE)) == [m.THAW]
+    assert machine.deadline_ms() == 250_000

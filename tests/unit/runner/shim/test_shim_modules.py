@@ -19,8 +19,8 @@ STDLIB = {
 }  # fmt: skip
 OURS = {
     "runner", "runner.shim", "runner.shim.birth", "runner.shim.cgroup", "runner.shim.child", "runner.shim.digest", "runner.shim.fence",
-    "runner.shim.files", "runner.shim.forkserver", "runner.shim.guard", "runner.shim.hearing", "runner.shim.lease",
-    "runner.shim.links", "runner.shim.machine", "runner.shim.output",
+    "runner.shim.feed", "runner.shim.files", "runner.shim.forkserver", "runner.shim.guard", "runner.shim.hearing", "runner.shim.lease",
+    "runner.shim.links", "runner.shim.machine", "runner.shim.output", "runner.shim.pipes",
     "runner.shim.process", "runner.shim.records", "runner.shim.rehearsal", "runner.shim.report", "runner.shim.spec",
     "runner.shim.system", "runner.shim.tree", "runner.shim.wire",
 }  # fmt: skip
