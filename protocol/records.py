@@ -35,6 +35,8 @@ class RecordKind(IntEnum):
     SEGMENT = 7
     MARKER = 8
     EXIT = 9
+    EVENT = 10
+    """Lines on the side channel: JSON, if the program keeps to it."""
 
 
 class Record(NamedTuple):
