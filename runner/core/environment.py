@@ -93,7 +93,7 @@ def refuse_env(names: Iterable[str], policy: Policy) -> tuple[Reason, str] | Non
     for name in names:
         if not _NAME.fullmatch(name):
             return Reason.ENV_DENIED, "a name that is no environment variable's"
-        if _SECRET.fullmatch(name):
+        if looks_secret(name):
             return Reason.ENV_SECRET_NAME, f"{name} looks like a secret: send it in secrets"
     return refuse_names(names, policy)
 
@@ -108,6 +108,11 @@ def refuse_names(names: Iterable[str], policy: Policy) -> tuple[Reason, str] | N
         if matches(name, policy.env_deny) or not matches(name, policy.env_allow):
             return Reason.ENV_DENIED, f"{name} is not allowed by the owner's policy"
     return None
+
+
+def looks_secret(name: str) -> bool:
+    """Whether a variable of this name is likely to hold a secret."""
+    return _SECRET.fullmatch(name) is not None
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
