@@ -1,13 +1,11 @@
-"""What the daemon tells its log: structured lines on stderr, whose event names are all listed here.
+"""What the daemon tells its log: structured lines, whose event names are all listed here.
 
-Rule 1: an event is `noun.verb_past` from `Event`. Rule 2: nothing that is logged can break a line or move a cursor, whatever
-bytes are in it. Rule 3: secrets travel as `Secret` and print as `***`.
+Rule 1: an event is `noun.verb_past` from `Event`. Rule 2: secrets travel as `Secret` and print as `***`.
 """
 
-import json
 import logging
+import os
 import sys
-from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, Final, Generic, TypeVar, cast
 
@@ -21,7 +19,9 @@ else:
     import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
 
-from runner.config import LOG_LEVELS
+from runner.adapters.journald import JournalSocket, is_journal
+from runner.loglines import VALUE_CHARS_MAX, console_text, json_text
+from runner.logsink import LEVELS, JournalOutlet, Outlet, Sink, StreamOutlet
 
 T = TypeVar("T")
 
@@ -76,17 +76,20 @@ class Event(StrEnum):
     JOURNAL_BROKEN = "journal.broken"
     FORKSERVER_LOST = "forkserver.lost"
     LIBRARY_WARNED = "library.warned"
-    LOG_FAILED = "log.failed"
     """A library said something through the standard logging; `logger` names it."""
+    LOG_FAILED = "log.failed"
+    LOG_LEVEL_CHANGED = "log.level_changed"
+    LOG_MASKED = "log.masked"
+    """Nothing of a log is shown at the control plane, since nobody knows what must not be."""
+    SPOOL_PRUNED = "spool.pruned"
+    SPOOL_LIMITED = "spool.limited"
+    """Living logs together are above the host's bound: the largest have to be smaller."""
+    SPOOL_FAILED = "spool.failed"
+    OWNER_ASKED = "owner.asked"
+    """A question on the control socket."""
 
 
 EVENTS: Final = frozenset(event.value for event in Event)
-LEVELS: Final[Mapping[str, int]] = {"debug": 10, "info": 20, "warning": 30, "error": 40}
-assert tuple(LEVELS) == LOG_LEVELS
-VALUE_CHARS_MAX: Final = 4096
-"""One value in a line; longer ones are cut and say so: a log is no place for payloads."""
-_PLAIN: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_./:@+-*%,")
-_FIRST: Final = ("timestamp", "level", "event")
 
 
 class Secret(Generic[T]):
@@ -108,29 +111,39 @@ class Secret(Generic[T]):
         raise TypeError("a secret is not pickled")
 
 
-def configure(level: str, form: str, *, strict: bool = False) -> None:
-    """Send all logging to stderr.
+def configure(level: str, form: str, *, strict: bool = False) -> Sink:
+    """Send all logging to stderr, or to the journal that stderr leads to; returns what changes the level and is read from.
 
     Args:
         level: one of LEVELS.
-        form: json, console, or auto: console when stderr is a terminal.
+        form: json, console, or auto: the journal's own under systemd, console when stderr is a terminal, else json.
         strict: an event that is not registered raises ValueError, as tests want it; else its line is marked.
     """
-    human = form == "console" or (form == "auto" and sys.stderr.isatty())
+    sink = Sink(_outlet(form), level)
+
+    def at_level(_logger: WrappedLogger, method: str, line: EventDict) -> EventDict:
+        # Not by structlog's own filter, which is fixed for a logger at its first line.
+        if not sink.wants(method):
+            raise structlog.DropEvent
+        return line
+
+    writer = _Writer(sink)
     structlog.configure(
         processors=[
+            at_level,
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             registered_only if strict else mark_unregistered,
             structlog.processors.format_exc_info,
-            render_console if human else render_json,
+            lambda _logger, _method, line: ((line,), {}),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        wrapper_class=structlog.make_filtering_bound_logger(LEVELS["debug"]),
+        logger_factory=lambda *_args: writer,
         cache_logger_on_first_use=True,
     )
-    logging.basicConfig(handlers=[_Libraries()], level=max(LEVELS[level], logging.WARNING), force=True)
+    logging.basicConfig(handlers=[_Libraries()], level=logging.WARNING, force=True)
+    return sink
 
 
 def logger(**fields: Any) -> FilteringBoundLogger:
@@ -154,44 +167,31 @@ def mark_unregistered(_logger: WrappedLogger, _method: str, line: EventDict) -> 
 
 def render_json(_logger: WrappedLogger, _method: str, line: EventDict) -> str:
     """One JSON object on one line, in ASCII."""
-    return _escaped({_text(key): _plain_value(value) for key, value in line.items()})
+    return json_text(line)
 
 
 def render_console(_logger: WrappedLogger, _method: str, line: EventDict) -> str:
     """For people: time, level, event, then `key=value`; whatever is not plain is quoted and escaped."""
-    trace = line.pop("exception", None)
-    first = [_word(line.pop(key)) for key in _FIRST if key in line]
-    rest = [f"{_word(key)}={_word(value)}" for key, value in line.items()]
-    tail = [f"    {_escaped(part)[1:-1]}" for part in str(trace).splitlines()] if trace else []
-    return "\n".join([" ".join(first + rest), *tail])
+    return console_text(line)
 
 
-def _word(value: object) -> str:
-    value = _plain_value(value)
-    if isinstance(value, str):
-        return value if value and _PLAIN.issuperset(value) else _escaped(value)
-    return _escaped(value)
+class _Writer:
+    """What structlog takes for the place where lines are written."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+
+    def msg(self, line: EventDict) -> None:
+        """One line, at any level."""
+        self._sink.write(line)
+
+    debug = info = warning = error = critical = msg
 
 
-def _plain_value(value: object) -> Any:
-    """`value` as JSON can say it; secrets and foreign objects as their text."""
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, Mapping):
-        return {_text(key): _plain_value(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain_value(inner) for inner in value]
-    return _text(value)
-
-
-def _text(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= VALUE_CHARS_MAX else f"{text[:VALUE_CHARS_MAX]}… ({len(text)} characters)"
-
-
-def _escaped(value: object) -> str:
-    # JSON in ASCII escapes everything that a terminal obeys, DEL and the C1 controls among it.
-    return json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+def _outlet(form: str) -> Outlet:
+    if form == "auto" and is_journal(os.environ):
+        return JournalOutlet(JournalSocket(), StreamOutlet(sys.stderr, human=False))
+    return StreamOutlet(sys.stderr, human=form == "console" or (form == "auto" and sys.stderr.isatty()))
 
 
 class _Libraries(logging.Handler):
@@ -209,6 +209,7 @@ class _Libraries(logging.Handler):
 __all__ = [
     "EVENTS",
     "LEVELS",
+    "VALUE_CHARS_MAX",
     "Event",
     "Secret",
     "configure",

@@ -21,3 +21,10 @@ def show_admission(admission: Mapping[str, Any]) -> str:
         return "open"
     stops = f", what still runs is stopped in {show_age(max(left_ms, 0))}" if isinstance(left_ms, int) else ""
     return f"{state}: new work is refused until `runner resume`{stops}"
+
+
+def show_level(said: Mapping[str, Any]) -> str:
+    """What the daemon's log tells, and how long it does."""
+    left_ms = said.get("falls_back_in_ms")
+    level = str(said.get("level"))
+    return f"{level} for {show_age(left_ms)}, then {said.get('falls_back_to')}" if isinstance(left_ms, int) else level

@@ -11,9 +11,9 @@ from runner.verbs.options import ExitCode, settings_of
 def start(ctx: click.Context) -> None:
     """Run the daemon in the foreground.
 
-    It logs to stderr, and ends at SIGTERM or SIGINT; what it had started goes on, and the next daemon takes it up again,
-    unless the policy wants it drained or stopped ([daemon] on_stop). A second signal ends it at once.
-    A service manager is told when it is ready (sd_notify).
+    It logs to stderr, under systemd to the journal; `runner logs --daemon` shows it. It ends at SIGTERM or SIGINT; what it
+    had started goes on, and the next daemon takes it up again, unless the policy wants it drained or stopped
+    ([daemon] on_stop). A second signal ends it at once. A service manager is told when it is ready (sd_notify).
 
     \b
     Examples:
@@ -25,11 +25,11 @@ def start(ctx: click.Context) -> None:
     from runner.logs import configure
 
     settings = settings_of(ctx)
-    configure(settings.log_level, settings.log_format)
+    sink = configure(settings.log_level, settings.log_format)
     # After the logs: they decide what is loaded with them.
     from runner.daemon import run_daemon
 
-    status = anyio.run(run_daemon, settings)
+    status = anyio.run(run_daemon, settings, sink)
     if status != ExitCode.OK:
         complain("the daemon has ended; the last lines of its log say why", "runner doctor")
     ctx.exit(status)

@@ -1,15 +1,17 @@
 """An attempt's log from its files: complete, in order, across rolls, holes and ends, with nobody's help."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from protocol.errors import RemoteError
+from protocol.logselect import Selection, Wish
 from protocol.records import Record, RecordKind, encode_record
 from runner.adapters import logview
 from runner.adapters.attemptfiles import attempt_directories, find_attempt, read_attempt
-from runner.adapters.logview import Ended, Missing, Seen, view_log
+from runner.adapters.logview import Ended, Missing, Seen, find_start, view_log
 from runner.errors import Refused
 from tests.support.attempts import AttemptDir
 
@@ -185,3 +187,63 @@ def test_the_state_comes_from_lock_phase_and_exit(tmp_path: Path) -> None:
         assert read_attempt(made.path).state == "waiting"
         made.finish()
         assert read_attempt(made.path).state == "ended"
+
+
+def lines_of(made: AttemptDir, wish: Wish) -> bytes:
+    """What `runner logs` would print to both streams."""
+    start = find_start(made.path / "log", wish)
+    selection = Selection(wish, start.cuts)
+    seen = [one for one in view_log(made.path, start.offset, follow=False) if isinstance(one, Record)]
+    return output([taken for taken in map(selection.take, seen) if taken is not None])
+
+
+def test_the_last_lines_are_found_from_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Across segments and holes, and no segment is opened that does not matter."""
+    made = AttemptDir(tmp_path)
+    for n in range(50):
+        made.roll(skip=7 if n == 45 else 0)
+        made.write(b"%d a\n%d " % (n, n))
+    made.finish()
+    opened: set[str] = set()
+    open_file = os.open
+    monkeypatch.setattr(
+        os, "open", lambda path, *more, **named: (opened.add(str(path)), open_file(path, *more, **named))[1]
+    )
+    log_dir = made.path / "log"
+    assert find_start(log_dir, Wish(tail=2)).offset > 0
+    assert len([path for path in opened if path.endswith(".seg")]) <= 3
+    monkeypatch.undo()
+    assert lines_of(made, Wish(tail=0)) == b""
+    assert lines_of(made, Wish(tail=1)) == b"49 "
+    assert lines_of(made, Wish(tail=3)) == b"47 48 a\n48 49 a\n49 "
+    assert lines_of(made, Wish(tail=7)).startswith(b"43 44 a\n44 45 a\n")
+    assert lines_of(made, Wish(tail=1000)) == lines_of(made, Wish())
+    assert find_start(tmp_path / "nowhere", Wish(tail=5)).offset == 0
+
+
+def test_the_look_back_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line that never begins is shown from where looking ended, not searched for through everything."""
+    monkeypatch.setattr(logview, "LOOK_BACK_BYTES", 400)
+    made = AttemptDir(tmp_path)
+    for _ in range(50):
+        made.roll()
+        made.write(b"x")
+    made.finish()
+    start = find_start(made.path / "log", Wish(tail=1))
+    assert made.end - 500 <= start.offset < made.end - 300
+    assert 0 < len(lines_of(made, Wish(tail=1))) < 10
+
+
+def test_a_point_in_time_is_found_by_halves(tmp_path: Path) -> None:
+    """The segment before the first that is newer is where to begin; the rest is left out."""
+    made = AttemptDir(tmp_path)
+    for n in range(20):
+        made.roll(unix_ns=n * 100)
+        made.add(RecordKind.STDOUT, b"%d " % n, n * 100 + 50)
+    made.finish()
+    bases = sorted(int(path.stem, 16) for path in (made.path / "log").iterdir())
+    assert find_start(made.path / "log", Wish(since_ns=1020)).offset == bases[10]
+    assert lines_of(made, Wish(since_ns=1020)) == b"".join(b"%d " % n for n in range(10, 20))
+    assert lines_of(made, Wish(since_ns=0)) == lines_of(made, Wish())
+    assert lines_of(made, Wish(since_ns=1951)) == b""
+    assert lines_of(made, Wish(since_ns=1500, tail=1000)) == b"15 16 17 18 19 "
