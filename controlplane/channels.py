@@ -1,20 +1,25 @@
 """The log channels of one session: bytes in, credit and durable ends out. No database, no parsing, no copies on this path.
 
-Rule 1: credit is absolute and counted from what was received. Rule 2: an ack names only what is durable.
-Rule 3: after a jump ahead the runner is told once where to go on; what was under way meanwhile is dropped.
+Rule 1: credit is absolute and counted from what was received: of each channel, and of all together. Rule 2: an ack names only what
+is durable. Rule 3: after a jump ahead the runner is told once where to go on; what was under way meanwhile is dropped.
+Rule 4: a window doubles when the runner says that it is blocked by it, and with every FLOOD_WINDOWS of it that came: grants stay few
+while much comes.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
-from controlplane.limits import LOG_END_MAX, LOGS_OPEN_MAX
+from controlplane.limits import LOG_END_MAX
 from controlplane.logstore import Log, LogStore
 from protocol.errors import CloseCode, Reason, RemoteError
 from protocol.frames import decode_data
-from protocol.limits import ACK_AFTER_BYTES, CHANNEL_WINDOW_BYTES
-from protocol.messages import Ack, Gap, LogClosed, LogOpen, Resume
+from protocol.limits import CHANNEL_WINDOW_BYTES, CHANNEL_WINDOW_BYTES_MAX, CHANNELS_MAX, CONNECTION_WINDOW_BYTES
+from protocol.messages import Ack, Blocked, Credit, Gap, LogClosed, LogOpen, Resume, Watch
 
-Say = Callable[[Resume | Ack], None]
+FLOOD_WINDOWS: Final = 4
+"""A log that came to so many windows is a flood, and nobody at its other end waits for single bytes."""
+Say = Callable[[Resume | Ack | Credit | Watch], None]
 
 
 @dataclass(slots=True)
@@ -22,6 +27,8 @@ class _Channel:
     number: int
     log: Log
     credit: int
+    window: int = CHANNEL_WINDOW_BYTES
+    received: int = 0
     jumped: bool = False
 
 
@@ -35,14 +42,16 @@ class Channels:
         self._owner = owner
         self._say = say
         self._channels: dict[int, _Channel] = {}
+        self._received = 0
+        self._granted = CONNECTION_WINDOW_BYTES
 
     def open(self, message: LogOpen) -> None:
         """Bind a channel to an attempt's log and say where it goes on."""
         owner = self._owner(message.attempt)
         if owner is not None and owner != self._runner_id:
             raise _broken("the attempt is another runner's")
-        if message.channel not in self._channels and len(self._channels) >= LOGS_OPEN_MAX:
-            raise _broken("too many open channels")
+        if message.channel >= CHANNELS_MAX:
+            raise _broken("no such channel")
         self._release(message.channel)
         log = self._store.acquire(message.attempt, self._runner_id)
         if log.runner_id != self._runner_id:
@@ -51,11 +60,15 @@ class Channels:
         channel = _Channel(message.channel, log, log.end)
         self._channels[message.channel] = channel
         log.heard = lambda: self._ack(channel)
+        log.on_watch = lambda on: self._say(Watch(channel=channel.number, on=on))
         self._resume(channel)
+        if log.followed:
+            log.on_watch(True)
 
     def data(self, frame: bytes) -> None:
         """Take a binary frame. Raises RemoteError for what no runner may send, StoreFailed when the disk refuses."""
-        number, offset, data = decode_data(frame)
+        number, offset, data, goes_on = decode_data(frame)
+        self._take(len(data))
         channel = self._channels.get(number)
         if channel is None:
             raise _broken("data on a channel that is not open")
@@ -71,9 +84,19 @@ class Channels:
             return
         channel.jumped = False
         view = memoryview(data)
-        log.append(view[log.end - offset :] if offset < log.end else view)
+        log.append(view[log.end - offset :] if offset < log.end else view, goes_on=goes_on)
         self._store.wrote(log)
-        if log.end + CHANNEL_WINDOW_BYTES - channel.credit >= ACK_AFTER_BYTES:
+        channel.received += len(data)
+        if channel.received >= FLOOD_WINDOWS * channel.window:
+            channel.window = min(2 * channel.window, CHANNEL_WINDOW_BYTES_MAX)
+        if log.end + channel.window - channel.credit >= channel.window // 2:
+            self._ack(channel)
+
+    def blocked(self, message: Blocked) -> None:
+        """The runner has more than it may send: the window grows, unless a grant was on its way."""
+        channel = self._known(message.channel)
+        if message.credit >= channel.credit - channel.window // 2:
+            channel.window = min(2 * channel.window, CHANNEL_WINDOW_BYTES_MAX)
             self._ack(channel)
 
     def gap(self, message: Gap) -> None:
@@ -104,6 +127,15 @@ class Channels:
         for number in list(self._channels):
             self._release(number)
 
+    def _take(self, size: int) -> None:
+        """Of what all channels together may send; renewed when half of it was used."""
+        self._received += size
+        if self._received > self._granted:
+            raise _broken("data beyond the connection's credit")
+        if self._granted - self._received <= CONNECTION_WINDOW_BYTES // 2:
+            self._granted = self._received + CONNECTION_WINDOW_BYTES
+            self._say(Credit(total=self._granted))
+
     def _known(self, number: int) -> _Channel:
         channel = self._channels.get(number)
         if channel is None:
@@ -111,17 +143,17 @@ class Channels:
         return channel
 
     def _resume(self, channel: _Channel) -> None:
-        channel.credit = max(channel.credit, channel.log.end + CHANNEL_WINDOW_BYTES)
-        self._say(Resume(channel=channel.number, offset=channel.log.end, credit=channel.credit))
+        channel.credit = max(channel.credit, channel.log.end + channel.window)
+        self._say(Resume(channel=channel.number, offset=channel.log.whole, credit=channel.credit))
 
     def _ack(self, channel: _Channel) -> None:
-        channel.credit = max(channel.credit, channel.log.end + CHANNEL_WINDOW_BYTES)
+        channel.credit = max(channel.credit, channel.log.end + channel.window)
         self._say(Ack(channel=channel.number, offset=channel.log.durable, credit=channel.credit))
 
     def _release(self, number: int) -> None:
         channel = self._channels.pop(number, None)
         if channel is not None:
-            channel.log.heard = None
+            channel.log.heard = channel.log.on_watch = None
             self._store.give_back(channel.log)
 
 

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from protocol.limits import ACK_AFTER_BYTES, CHANNEL_WINDOW_BYTES, KIB, MIB
+from protocol.limits import CHANNEL_WINDOW_BYTES_MAX, KIB, MIB
 
 INTENT_TTL_MS: Final = 24 * 60 * 60 * 1000
 """A request that no runner took in a day is a forgotten one."""
@@ -70,12 +70,9 @@ SYNCS_AT_ONCE_MAX: Final = 4
 READ_BLOCK_BYTES: Final = 256 * KIB
 """One read of a log for a client; several records always fit."""
 DIGEST_BLOCK_BYTES: Final = 1 * MIB
-LOGS_OPEN_MAX: Final = 512
-"""Open channels of one session, hence file descriptors."""
 LOG_END_MAX: Final = 2**50
 """Where a log ends at the latest: a petabyte, so that every offset and credit stays an integer of every JSON."""
 GAPS_MAX: Final = 10_000
 """Holes remembered of one log."""
 
-assert CHANNEL_WINDOW_BYTES > ACK_AFTER_BYTES
-assert SYNC_AFTER_BYTES > CHANNEL_WINDOW_BYTES
+assert SYNC_AFTER_BYTES > CHANNEL_WINDOW_BYTES_MAX

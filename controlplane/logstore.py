@@ -5,7 +5,8 @@ syncs a log when much is unsynced, when its tail rests, or when it is complete, 
 written and told. After a crash the row is the truth; what the file holds beyond it is written again.
 
 Rule 1: nothing between a frame and its bytes in the file costs a transaction, a copy or a parse.
-Rule 2: `end` moves forward only. Rule 3: nothing beyond `durable` is ever acked.
+Rule 2: `end` moves forward only. Rule 3: nothing beyond `durable` is ever acked. Rule 4: what is durable ends with a whole record,
+so a runner is never asked to go on inside one.
 """
 
 import os
@@ -43,6 +44,8 @@ class Log:
         self.runner_id: Final = row.runner_id
         self.path: Final = path
         self.end = row.end
+        self.whole = row.end
+        """Where the last record that is all there ends."""
         self.durable = row.end
         self.complete = row.complete
         self.gaps: list[tuple[int, int]] = list(row.gaps)
@@ -50,7 +53,10 @@ class Log:
         """Where it will be complete, once the runner has told."""
         self.heard: Callable[[], None] | None = None
         """Called when `durable` moved; belongs to the one session that writes."""
+        self.on_watch: Callable[[bool], None] | None = None
+        """Called when the first follower comes or the last one goes; belongs to the same session."""
         self.users = 0
+        self._followers = 0
         self._fd = -1
         self._waiting: anyio.Event | None = None
         self._unsynced_since_ns = 0
@@ -60,17 +66,28 @@ class Log:
     @property
     def row(self) -> LogRow:
         """What would be saved if everything were durable."""
-        done = self.closing is not None and self.end >= self.closing
+        done = self.closing is not None and self.whole >= self.closing
         return LogRow(
             attempt=self.attempt,
             runner_id=self.runner_id,
-            end=self.end,
+            end=self.whole,
             complete=self.complete or done,
             gaps=tuple(self.gaps),
         )
 
-    def append(self, data: memoryview) -> None:
-        """Write `data` at the end. Raises StoreFailed, or RemoteError behind a complete log."""
+    @property
+    def followed(self) -> bool:
+        """Whether somebody reads along."""
+        return self._followers > 0
+
+    def follow(self, more: int) -> None:
+        """A follower comes (1) or goes (-1)."""
+        before, self._followers = self.followed, self._followers + more
+        if self.followed != before and self.on_watch is not None:
+            self.on_watch(self.followed)
+
+    def append(self, data: memoryview, *, goes_on: bool = False) -> None:
+        """Write `data` at the end; `goes_on`: its last record does. Raises StoreFailed, or RemoteError behind a complete log."""
         if self.complete:
             raise RemoteError(Reason.BAD_FRAME, "the log is complete", CloseCode.BAD_FRAME)
         try:
@@ -83,19 +100,22 @@ class Log:
                 data = data[written:]
         except OSError as exc:
             raise StoreFailed(f"a log cannot be written: {exc.strerror}") from exc
+        if not goes_on:
+            self.whole = self.end
         self._moved()
 
     def gap(self, end: int) -> None:
         """The log goes on at `end`; what lies before exists nowhere."""
         if self.complete or end <= self.end:
             return
-        if self.gaps and self.gaps[-1][1] == self.end:
+        # The half of a record that is there is worth nothing without the other.
+        if self.gaps and self.gaps[-1][1] == self.whole:
             self.gaps[-1] = (self.gaps[-1][0], end)
         elif len(self.gaps) >= GAPS_MAX:
             raise RemoteError(Reason.BAD_FRAME, "too many gaps in one log", CloseCode.BAD_FRAME)
         else:
-            self.gaps.append((self.end, end))
-        self.end = end
+            self.gaps.append((self.whole, end))
+        self.end = self.whole = end
         self._moved()
 
     def close(self, end: int) -> None:
@@ -107,13 +127,13 @@ class Log:
 
     def unsynced(self) -> bool:
         """Whether something is not durable yet."""
-        return self.durable < self.end or self._unsaved
+        return self.durable < self.whole or self._unsaved
 
     def due(self, now_ns: int) -> bool:
         """Whether it wants a sync now."""
         if not self.unsynced():
             return False
-        ended = self.closing is not None and self.end >= self.closing
+        ended = self.closing is not None and self.whole >= self.closing
         rested = now_ns - self._written_ns >= SYNC_IDLE_MS * _NS_PER_MS
         aged = now_ns - self._unsynced_since_ns >= SYNC_AGE_MS * _NS_PER_MS
         return ended or rested or aged or self.end - self.durable >= SYNC_AFTER_BYTES
@@ -134,6 +154,9 @@ class Log:
                 raise StoreFailed(f"a log cannot be synced: {exc.strerror}") from exc
             raise
         self.durable = max(self.durable, row.end)
+        if not self.unsynced():
+            # A session may have thousands of logs, and a process has few descriptors: only what is being written has one.
+            self.release()
         self.complete = self.complete or row.complete
         if self.heard is not None:
             self.heard()

@@ -111,14 +111,27 @@ RETRY_MS: Final = 10 * 1000
 """A command or report without any answer for this long is sent again; both sides take doubles without harm."""
 CHANNELS_MAX: Final = 4096
 """Logs that are open on one connection; above the attempts a machine can run."""
-CHANNEL_WINDOW_BYTES: Final = 4 * MIB
-"""Credit ahead of the receiver's end, per channel; absolute, so a lost or doubled grant is harmless."""
-ACK_AFTER_BYTES: Final = 1 * MIB
-"""Credit is renewed at least this often while data flows."""
+CHANNEL_WINDOW_BYTES: Final = 256 * KIB
+"""Credit ahead of the receiver's end, per channel, to begin with: on one machine it is never the bound. Absolute, so a lost or
+doubled grant is harmless."""
+CHANNEL_WINDOW_BYTES_MAX: Final = 4 * MIB
+"""What it grows to, by doubling, while the sender says that it is blocked: 40 MB/s at 100 ms."""
+CONNECTION_WINDOW_BYTES: Final = 8 * MIB
+"""Data of all channels together that may be on its way: what a receiver that stalls has to hold."""
+PIECE_BYTES_MIN: Final = 16 * KIB
+"""Least data in a frame while there is more, however slow the line: 13 ms at 10 Mbit/s, for whatever waits behind it."""
+QUANTUM_BYTES: Final = 16 * KIB
+"""What a channel may send before the next one of its class has its turn; a longer frame is paid for later."""
 SEGMENT_BYTES: Final = 8 * MIB
 """One file of a log: what a digest covers and what is deleted at once."""
 SPOOL_BYTES_PER_EXECUTION: Final = 1024 * MIB
 """Output kept while the plane does not take it; beyond it head, tail and a gap are kept."""
+INPUT_PIECE_BYTES_MAX: Final = 32 * KIB
+"""Bytes for a stdin in one message: in base64 and with its signature half a frame."""
+SPOOL_BYTES_PER_HOST: Final = 10 * 1024 * MIB
+"""All logs that are kept on a machine; above it what the plane has goes, oldest first."""
+HEAD_BYTES: Final = 64 * MIB
+"""Kept from the beginning of a log whose middle has to go: where a build says what it is and how it was called."""
 BEAT_LEASES_MAX: Final = 1024
 """Leases and attempts that one beat can name, and one answer can renew."""
 HINTS_MAX: Final = 512
@@ -130,4 +143,5 @@ assert PAYLOAD_BYTES_MAX * 4 // 3 + SIGNATURES_MAX * 256 <= ENVELOPE_BYTES_MAX <
 assert REPORT_BYTES_MAX < FRAME_BYTES_MAX
 assert DATA_HEADER_BYTES + DATA_SLICE_BYTES_MAX < FRAME_BYTES_MAX
 assert LEASE_MARGIN_MS + KILL_WAIT_MS < LEASE_TTL_MS
-assert ACK_AFTER_BYTES * 2 <= CHANNEL_WINDOW_BYTES
+assert INPUT_PIECE_BYTES_MAX * 4 // 3 + 1024 < FRAME_BYTES_MAX
+assert 2 * DATA_SLICE_BYTES_MAX <= CHANNEL_WINDOW_BYTES <= CHANNEL_WINDOW_BYTES_MAX <= CONNECTION_WINDOW_BYTES

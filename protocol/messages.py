@@ -20,6 +20,7 @@ from protocol.limits import (
     FETCH_ITEMS_MAX,
     FRAME_BYTES_MAX,
     HINTS_MAX,
+    INPUT_PIECE_BYTES_MAX,
     REPORT_ITEMS_MAX,
 )
 from protocol.wire import Count, Detail, DigestText, Id, Millis, Open, Positive, first_error
@@ -238,6 +239,29 @@ class Ack(Open):
     credit: Count
 
 
+class Credit(Open):
+    """plane → runner: so many bytes of data, of all channels of this session together, may be sent; absolute, and only rises."""
+
+    t: Literal["credit"] = "credit"
+    total: Count
+
+
+class Watch(Open):
+    """plane → runner: somebody follows the log of `channel`, or nobody does any more: what is followed goes first."""
+
+    t: Literal["watch"] = "watch"
+    channel: Count
+    on: bool
+
+
+class Blocked(Open):
+    """runner → plane: there is more in the log of `channel`, and its credit ends at `credit`: the window is too small."""
+
+    t: Literal["blocked"] = "blocked"
+    channel: Count
+    credit: Count
+
+
 class Gap(Open):
     """runner → plane: `[start, end)` of the log does not exist any more; needs no credit."""
 
@@ -255,6 +279,31 @@ class LogClosed(Open):
     end: Count
 
 
+class Input(Open):
+    """plane → runner: bytes for an attempt's stdin from `offset` on, base64, signed by the key of its start; `end`: the last."""
+
+    t: Literal["input"] = "input"
+    attempt: AttemptName
+    offset: Count
+    data: Annotated[str, Field(max_length=(INPUT_PIECE_BYTES_MAX + 2) // 3 * 4)]
+    end: bool = False
+    sig: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{86}$")]
+
+
+class InputFed(Open):
+    """runner → plane: below `received` an attempt's stdin is taken for good; up to `credit` it may be sent.
+
+    `closed`: nobody reads it any more, and what still comes is dropped. `reason`: why a piece was not taken.
+    """
+
+    t: Literal["fed"] = "fed"
+    attempt: AttemptName
+    received: Count
+    credit: Count
+    closed: bool
+    reason: Reason | None = None
+
+
 class Bye(Open):
     """Either side: the connection ends on purpose."""
 
@@ -263,8 +312,25 @@ class Bye(Open):
     detail: Detail = ""
 
 
-FromRunner = Hello | Proof | Enroll | Need | Fetch | Refused | Report | Beat | LogOpen | Gap | LogClosed | Bye
-FromPlane = Challenge | Welcome | Enrolled | CommandFrame | Reported | Beaten | Resume | Ack | Bye
+FromRunner = (
+    Hello
+    | Proof
+    | Enroll
+    | Need
+    | Fetch
+    | Refused
+    | Report
+    | Beat
+    | LogOpen
+    | Blocked
+    | Gap
+    | LogClosed
+    | InputFed
+    | Bye
+)
+FromPlane = (
+    Challenge | Welcome | Enrolled | CommandFrame | Reported | Beaten | Resume | Ack | Credit | Watch | Input | Bye
+)
 Message = FromRunner | FromPlane
 
 M = TypeVar("M")

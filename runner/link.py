@@ -20,19 +20,24 @@ from protocol.messages import (
     Beaten,
     Bye,
     CommandFrame,
+    Credit,
     Fetch,
     FromPlane,
+    Input,
+    InputFed,
     Message,
     Need,
     Refused,
     Reported,
     ReportItem,
     Resume,
+    Watch,
     decode_from_plane,
     encode,
 )
 from protocol.session import ItemsAnswered, RunnerSession
 from runner import failpoints
+from runner.adapters.inlet import Inlet
 from runner.adapters.uplink import Uplink
 from runner.adapters.websocket import ConnectionLost, PlaneConnection, dial
 from runner.core.backoff import CAP_MS, Backoff
@@ -75,6 +80,7 @@ class Link:
         journal: Journal,
         clock: Clock,
         uplink: Uplink,
+        inlet: Inlet,
         note: Callable[[str, dict[str, str | int | None]], None],
     ) -> None:
         self.status: Final = LinkStatus(url)
@@ -83,6 +89,7 @@ class Link:
         self._journal = journal
         self._clock = clock
         self._uplink = uplink
+        self._inlet = inlet
         self._note = note
         self._session: RunnerSession | None = None
         self._said: deque[Message] = deque(maxlen=SAID_MAX)
@@ -117,7 +124,7 @@ class Link:
         if self._connection is not None:
             self._connection.abort()
 
-    def say(self, message: Need | Refused | Fetch) -> None:
+    def say(self, message: Need | Refused | Fetch | InputFed) -> None:
         """Send it if there is a session; nobody resends it."""
         if self._session is not None:
             self._said.append(message)
@@ -238,6 +245,7 @@ class Link:
         finally:
             self._session = None
             self._uplink.disconnected()
+            self._inlet.disconnected()
             pump.put(SessionDown())
         if failure is not None:
             raise failure
@@ -261,8 +269,10 @@ class Link:
                 if answered is not None:
                     pump.put(answered)
                 self.wake()
-            case Resume() | Ack():
+            case Resume() | Ack() | Credit() | Watch():
                 self._uplink.heard(message)
+            case Input():
+                self._inlet.take(message)
             case Bye():
                 conflict = message.reason is Reason.IDENTITY_CONFLICT
                 code = CloseCode.IDENTITY_CONFLICT if conflict else CloseCode.GOING_AWAY
@@ -298,7 +308,9 @@ class Link:
             frame = self._uplink.next_frame()
             if frame is None:
                 return sent
+            began_s = anyio.current_time()
             await connection.send(frame)
+            self._uplink.paced(len(frame), anyio.current_time() - began_s)
             sent = True
             if self._wake.due:
                 break

@@ -2,12 +2,15 @@
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from protocol.errors import RemoteError
 from protocol.limits import RECORD_HEADER_BYTES
 from protocol.records import whole_prefix
 from runner.adapters.attemptfiles import segment_bases, segment_name
+
+LOOKS_MAX: Final = 4
+"""Listings of a log whose segments go faster than they are opened, before that is a fault."""
 
 
 class Slice(NamedTuple):
@@ -27,6 +30,19 @@ class Hole(NamedTuple):
 
     start: int
     end: int
+
+
+class LogReader(Protocol):
+    """A log by offset, as `SpoolReader` reads it."""
+
+    def first(self) -> int:
+        """See SpoolReader."""
+
+    def read(self, offset: int, size_max: int) -> Slice | Hole | None:
+        """See SpoolReader."""
+
+    def close(self) -> None:
+        """See SpoolReader."""
 
 
 class SpoolReader:
@@ -50,6 +66,15 @@ class SpoolReader:
             RemoteError: BAD_FRAME when what is on disk is no log: another program wrote to it, or the disk lies.
             OSError: the disk failed.
         """
+        for _ in range(LOOKS_MAX - 1):
+            try:
+                return self._read(offset, size_max)
+            except FileNotFoundError:
+                # Listed, and deleted before it was opened: its shim needed the room. The next listing shows the hole.
+                self.close()
+        return self._read(offset, size_max)
+
+    def _read(self, offset: int, size_max: int) -> Slice | Hole | None:
         found = self._read_in_segment(offset, size_max)
         if found is not None:
             return found
@@ -95,4 +120,4 @@ class SpoolReader:
         self._bases = segment_bases(self._dir)
 
 
-__all__ = ["Hole", "RemoteError", "Slice", "SpoolReader"]
+__all__ = ["Hole", "LogReader", "RemoteError", "Slice", "SpoolReader"]

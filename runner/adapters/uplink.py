@@ -5,24 +5,35 @@ restart goes on there; whatever is lost on the way is simply read from the spool
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from protocol.errors import Reason, RemoteError
 from protocol.frames import data_header
-from protocol.limits import CHANNELS_MAX, DATA_SLICE_BYTES_MAX
-from protocol.messages import Ack, Gap, LogClosed, LogOpen, Resume
+from protocol.limits import (
+    CHANNELS_MAX,
+    CONNECTION_WINDOW_BYTES,
+    DATA_SLICE_BYTES_MAX,
+    PIECE_BYTES_MIN,
+    QUANTUM_BYTES,
+)
+from protocol.messages import Ack, Blocked, Credit, Gap, LogClosed, LogOpen, Resume, Watch
 from runner import failpoints
 from runner.adapters.attemptfiles import LOG_DIR
-from runner.adapters.spool import Hole, SpoolReader
+from runner.adapters.spool import Hole, LogReader, SpoolReader
 from runner.errors import Broken
 
 ACK_NAME: Final = "ack"
 TRIM_STEP_BYTES: Final = 1024 * 1024
 """Between two words to a shim on what is safe at the plane: seldom enough to cost nothing, often enough for the smallest spool."""
-UplinkMessage = LogOpen | Gap | LogClosed
+PIECE_S: Final = 0.01
+"""A frame is to leave within this: whatever comes meanwhile waits no longer, on a line that is not slower than PIECE_BYTES_MIN in it."""
+PACE_KEPT: Final = 0.75
+"""How much of the pace that was known the next measurement leaves: a pause of the scheduler is no slow line."""
+UplinkMessage = LogOpen | Blocked | Gap | LogClosed
 
 
 @dataclass(slots=True)
@@ -32,7 +43,7 @@ class _Channel:
     name: str
     number: int
     directory: Path
-    reader: SpoolReader
+    reader: LogReader
     acked: int = 0
     trimmed: int = 0
     """Its shim knows that everything below is safe."""
@@ -41,8 +52,18 @@ class _Channel:
     sent: int = 0
     """Furthest the cursor was on this connection: the most that an ack can be about."""
     credit: int = 0
+    blocked: int = -1
+    """The credit of which the plane was told that it blocks."""
+    pending: memoryview = field(default_factory=lambda: memoryview(b""))
+    """Whole records that were read from `cursor` on and are not sent yet."""
+    live: bool = False
+    """Somebody follows it: it goes before all that nobody does."""
+    deficit: int = 0
+    """What it may still send in this turn; below zero when its last frame was longer than that."""
     finished: bool = False
     """Nothing will be written any more."""
+    signed_end: int = 0
+    """Where it ends by its shim's last word; what is not on disk up to there never was."""
     closed: bool = False
     """The plane was told so, on this connection."""
     idle: bool = False
@@ -53,6 +74,7 @@ class _Channel:
     def go_to(self, offset: int) -> None:
         """Go on there, in whatever segment that is."""
         self.cursor = offset
+        self.pending = memoryview(b"")
         self.reader.close()
 
     def passed(self, offset: int) -> None:
@@ -84,20 +106,34 @@ class Uplink:
         self._numbers: dict[int, _Channel] = {}
         self._freed: set[int] = set()
         """Numbers of logs that are done, on this connection; the next logs get them."""
-        self._turn: list[_Channel] = []
+        self._turns: tuple[deque[_Channel], deque[_Channel]] = (deque(), deque())
+        """Who has something to send: what is followed, and the rest."""
+        self._sent = 0
+        self._credit = CONNECTION_WINDOW_BYTES
+        self._piece = DATA_SLICE_BYTES_MAX
+        self._pace = 0.0
         self._control: list[UplinkMessage] = []
         self._connected = False
 
     # --- which logs ---------------------------------------------------------------------------------------------
 
-    def track(self, name: str, directory: Path, *, finished: bool = False) -> None:
-        """Bring the log of an attempt up. Raises Broken when there are too many."""
+    def track(
+        self,
+        name: str,
+        directory: Path,
+        *,
+        finished: bool = False,
+        end: int = 0,
+        reader: Callable[[], LogReader] | None = None,
+    ) -> None:
+        """Bring the log of an attempt up, read with a `reader` of its own if one is given. Raises Broken when there are too many."""
         if name in self._channels:
             return
         number = next((free for free in range(CHANNELS_MAX) if free not in self._numbers), None)
         if number is None:
             raise Broken(Reason.CAPACITY, "too many logs are on their way up")
-        channel = _Channel(name, number, directory, SpoolReader(directory / LOG_DIR), finished=finished)
+        source = SpoolReader(directory / LOG_DIR) if reader is None else reader()
+        channel = _Channel(name, number, directory, source, finished=finished, signed_end=end)
         self._channels[name] = channel
         self._numbers[number] = channel
         if self._connected:
@@ -110,11 +146,12 @@ class Uplink:
             channel.idle = False
             self._schedule(channel)
 
-    def finish(self, name: str) -> None:
-        """The attempt is over: when its log is read to the end, that is the end."""
+    def finish(self, name: str, end: int = 0) -> None:
+        """The attempt is over: where its log ends on disk it ends, or there is a gap up to the `end` that its shim told."""
         channel = self._channels.get(name)
         if channel is not None:
             channel.finished = True
+            channel.signed_end = end
             channel.idle = False
             self._schedule(channel)
 
@@ -135,25 +172,45 @@ class Uplink:
         self._connected = True
         self._freed.clear()
         self._control.clear()
-        self._turn.clear()
+        self._rest()
+        self._sent, self._credit = 0, CONNECTION_WINDOW_BYTES
         for channel in self._channels.values():
             channel.cursor = None
-            channel.closed = False
+            channel.pending = memoryview(b"")
+            channel.blocked = -1
+            channel.live = channel.closed = False
             channel.idle = False
             self._open(channel)
 
     def disconnected(self) -> None:
         """The session is over; nothing is sent until the next one."""
         self._connected = False
-        self._turn.clear()
+        self._rest()
         self._control.clear()
 
-    def heard(self, message: Resume | Ack) -> None:
-        """What the plane says of a channel. Raises RemoteError when it claims what it cannot have."""
-        channel = self._numbers.get(message.channel)
-        if channel is None:
-            # A word about a log that is done with.
+    def heard(self, message: Resume | Ack | Credit | Watch) -> None:
+        """What the plane says of a channel, or of all. Raises RemoteError when it claims what it cannot have."""
+        if isinstance(message, Credit):
+            self._credit = max(self._credit, message.total)
+            self._wake()
             return
+        channel = self._numbers.get(message.channel)
+        # Else it is a word about a log that is done with.
+        if channel is not None:
+            self._watched(channel, message.on) if isinstance(message, Watch) else self._moved(channel, message)
+
+    def _watched(self, channel: _Channel, on: bool) -> None:
+        """It changes its class, with its place in the turn."""
+        if channel.live == on:
+            return
+        waits = channel in self._turns[0] or channel in self._turns[1]
+        if waits:
+            self._turns[not channel.live].remove(channel)
+        channel.live, channel.deficit = on, 0
+        if waits:
+            self._turns[not on].append(channel)
+
+    def _moved(self, channel: _Channel, message: Resume | Ack) -> None:
         if isinstance(message, Resume):
             if channel.cursor is None:
                 channel.sent, channel.credit = message.offset, message.credit
@@ -192,13 +249,30 @@ class Uplink:
 
     def next_frame(self) -> bytes | None:
         """One data frame of the channel whose turn it is, or None when nothing can be sent now."""
-        while self._turn and not self._control:
-            channel = self._turn.pop(0)
+        while not self._control and self._sent < self._credit:
+            turn = next((turn for turn in self._turns if turn), None)
+            if turn is None:
+                return None
+            channel = turn.popleft()
+            if channel.deficit <= 0:
+                channel.deficit += QUANTUM_BYTES
+            if channel.deficit <= 0:
+                # A long frame is paid for: the others of its class have their turns.
+                turn.append(channel)
+                continue
             frame = self._read(channel)
-            if frame is not None:
-                self._turn.append(channel)
-                return frame
+            if frame is None:
+                channel.deficit = min(channel.deficit, 0)
+                continue
+            turn.appendleft(channel) if channel.deficit > 0 else turn.append(channel)
+            return frame
         return None
+
+    def paced(self, size: int, seconds: float) -> None:
+        """A frame of `size` bytes left in so much time: how long the next ones may be."""
+        pace = size / max(seconds, 1e-6)
+        self._pace = pace if not self._pace else PACE_KEPT * self._pace + (1 - PACE_KEPT) * pace
+        self._piece = min(DATA_SLICE_BYTES_MAX, max(PIECE_BYTES_MIN, int(self._pace * PIECE_S)))
 
     def close(self) -> None:
         """Give every open file back."""
@@ -225,31 +299,64 @@ class Uplink:
         self._failed(channel.name, fault.detail if isinstance(fault, RemoteError) else fault.strerror or "unknown")
 
     def _schedule(self, channel: _Channel) -> None:
-        if self._connected and channel.cursor is not None and not channel.failed and channel not in self._turn:
-            self._turn.append(channel)
+        turn = self._turns[not channel.live]
+        if self._connected and channel.cursor is not None and not channel.failed and channel not in turn:
+            turn.append(channel)
             self._wake()
 
+    def _rest(self) -> None:
+        for turn in self._turns:
+            turn.clear()
+
     def _read(self, channel: _Channel) -> bytes | None:
-        if channel.cursor is None or channel.credit - channel.cursor < DATA_SLICE_BYTES_MAX or channel.closed:
+        """The next frame of a channel, None when it has nothing to send now."""
+        if channel.cursor is None or channel.closed or not (channel.pending or self._fetch(channel)):
             return None
+        room = min(channel.credit - channel.cursor, self._credit - self._sent)
+        if channel.credit - channel.cursor <= 0:
+            self._say_blocked(channel)
+            return None
+        piece = channel.pending[: min(self._piece, room)]
+        channel.pending = channel.pending[len(piece) :]
+        header = data_header(channel.number, channel.cursor, goes_on=bool(channel.pending))
+        channel.passed(channel.cursor + len(piece))
+        channel.deficit -= len(piece)
+        self._sent += len(piece)
+        return b"".join((header, piece))
+
+    def _fetch(self, channel: _Channel) -> bool:
+        """Read on from the cursor; whether there is something to send."""
+        assert channel.cursor is not None, "only an opened channel is read"
         try:
             found = channel.reader.read(channel.cursor, DATA_SLICE_BYTES_MAX)
         except (OSError, RemoteError) as exc:
             self._fail(channel, exc)
-            return None
+            return False
         if found is None:
             self._at_end(channel)
-            return None
+            return False
         if isinstance(found, Hole):
+            # Needs no credit, and grants past itself.
             self._control.append(Gap(channel=channel.number, start=found.start, end=found.end))
             channel.passed(found.end)
             self._schedule(channel)
-            return None
-        channel.passed(found.end)
-        return b"".join((data_header(channel.number, found.offset), found.data))
+            return False
+        channel.pending = found.data
+        return True
+
+    def _say_blocked(self, channel: _Channel) -> None:
+        """Once for each credit: the plane may be generous, or a grant is on its way."""
+        if channel.blocked != channel.credit:
+            channel.blocked = channel.credit
+            self._control.append(Blocked(channel=channel.number, credit=channel.credit))
+            self._wake()
 
     def _at_end(self, channel: _Channel) -> None:
         assert channel.cursor is not None, "only an opened channel is read"
+        if channel.finished and channel.cursor < channel.signed_end:
+            # The disk did not take the last of it: what nobody has is told, or it would be waited for.
+            self._control.append(Gap(channel=channel.number, start=channel.cursor, end=channel.signed_end))
+            channel.passed(channel.signed_end)
         if channel.finished:
             channel.closed = True
             self._control.append(LogClosed(channel=channel.number, end=channel.cursor))

@@ -30,7 +30,7 @@ WRITE_BYTES: Final = 64 * 1024
 """Buffered in the process before a send waits: at most one bulk frame is queued ahead of a heartbeat."""
 TCP_NOTSENT_LOWAT: Final = 25
 """Of Linux; the standard library has no name for it before Python 3.12."""
-NOTSENT_LOWAT_BYTES: Final = 128 * 1024
+NOTSENT_LOWAT_BYTES: Final = 64 * 1024
 """Unsent bytes in the kernel before the socket counts as full; without it, megabytes wait ahead of a keystroke."""
 
 

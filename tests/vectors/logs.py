@@ -32,17 +32,24 @@ def bad_case(name: str, data: bytes, reader: Callable[[bytes], object], place: s
 def frames() -> dict[str, object]:
     """Data frames that are read, and that are refused."""
     good = [DataFrame(0, 0, b"x"), DataFrame(7, 2**40, b"\0\xff"), DataFrame(CHANNELS_MAX - 1, 2**64 - 1, b"abc")]
+    good.append(DataFrame(1, 5, b"half", goes_on=True))
     bad = {
         "empty": b"",
         "no data": data_header(0, 0),
         "another type": b"\2" + data_header(0, 0)[1:] + b"x",
         "another version": b"\1\2" + data_header(0, 0)[2:] + b"x",
-        "reserve is set": b"\1\1\1\0" + data_header(0, 0)[4:] + b"x",
+        "another flag": b"\1\1\2\0" + data_header(0, 0)[4:] + b"x",
         "channel out of range": data_header(CHANNELS_MAX, 0) + b"x",
     }
     return {
         "good": [
-            {"channel": f.channel, "offset": str(f.offset), "data": bytes(f.data).hex(), "frame": encode_data(f).hex()}
+            {
+                "channel": f.channel,
+                "offset": str(f.offset),
+                "data": bytes(f.data).hex(),
+                "goes_on": f.goes_on,
+                "frame": encode_data(f).hex(),
+            }
             for f in good
         ],
         "bad": [bad_case(name, data, decode_data, "frame") for name, data in bad.items()],

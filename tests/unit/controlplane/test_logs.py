@@ -12,8 +12,8 @@ from controlplane.channels import Channels
 from controlplane.logstore import LogStore
 from controlplane.rows import LogRow
 from protocol.frames import DataFrame, encode_data
-from protocol.limits import ACK_AFTER_BYTES, CHANNEL_WINDOW_BYTES
-from protocol.messages import Ack, Gap, LogClosed, LogOpen, Resume
+from protocol.limits import CHANNEL_WINDOW_BYTES, CHANNEL_WINDOW_BYTES_MAX, CONNECTION_WINDOW_BYTES
+from protocol.messages import Ack, Blocked, Credit, Gap, LogClosed, LogOpen, Resume, Watch
 from protocol.records import RecordKind, records
 from tests.support.control_plane import Running, running
 from tests.support.fake_runner import Line
@@ -63,7 +63,8 @@ async def test_a_log_arrives_byte_for_byte(tmp_path: Path) -> None:
         assert shown["streams"] == expected
         assert shown["log"] == {"end": len(log.data), "segments": 2, "chain": log.chain()}
         assert (shown["complete"], shown["chain_ok"], shown["gaps"]) == (True, True, [])
-        assert (await cp.get(f"/v1/executions/{execution}"))["log"] == {"end": len(log.data), "complete": True}
+        shown_log = {"end": len(log.data), "complete": True, "short_bytes": 0}
+        assert (await cp.get(f"/v1/executions/{execution}"))["log"] == shown_log
 
 
 async def test_doubles_and_overlaps_change_nothing(tmp_path: Path) -> None:
@@ -282,13 +283,13 @@ def a_store(directory: Path) -> tuple[LogStore, list[LogRow]]:
 async def test_nothing_beyond_the_durable_end_is_acked(tmp_path: Path) -> None:
     """Credit comes at once, the offset with the row; a resting tail is synced by itself."""
     store, saved = a_store(tmp_path)
-    said: list[Resume | Ack] = []
+    said: list[Resume | Ack | Credit | Watch] = []
     channels = Channels("rn", store, lambda _: "rn", said.append)
     async with anyio.create_task_group() as tasks:
         await tasks.start(store.run)
         channels.open(LogOpen(channel=1, attempt="ex.1", first=0))
         offset, block = 0, bytes(60_000)
-        while offset < 3 * ACK_AFTER_BYTES - 60_000:
+        while offset < 3 * CHANNEL_WINDOW_BYTES // 2 - 60_000:
             channels.data(encode_data(DataFrame(1, offset, block)))
             offset += len(block)
         acks = [message for message in said if isinstance(message, Ack)]
@@ -328,3 +329,78 @@ def test_the_fake_runners_log_is_a_log() -> None:
         RecordKind.STDOUT,
         RecordKind.STDERR,
     ]
+
+
+# --- credit ---------------------------------------------------------------------------------------------------------
+
+
+def opened(directory: Path, *names: str) -> tuple[Channels, list[Resume | Ack | Credit | Watch], LogStore]:
+    """Channels that were opened in this order, and what they say."""
+    store, _ = a_store(directory)
+    said: list[Resume | Ack | Credit | Watch] = []
+    channels = Channels("rn", store, lambda _: "rn", said.append)
+    for number, name in enumerate(names):
+        channels.open(LogOpen(channel=number, attempt=name, first=0))
+    return channels, said, store
+
+
+def send(channels: Channels, number: int, offset: int, size: int, *, goes_on: bool = False) -> None:
+    """One data frame."""
+    channels.data(encode_data(DataFrame(number, offset, bytes(size), goes_on)))
+
+
+def test_a_window_grows_while_its_sender_is_blocked(tmp_path: Path) -> None:
+    """To its largest, and not by a word that a grant has overtaken."""
+    channels, said, _ = opened(tmp_path, "ex.1")
+    credit, windows = CHANNEL_WINDOW_BYTES, []
+    for _ in range(8):
+        channels.blocked(Blocked(channel=0, credit=credit))
+        assert isinstance(said[-1], Ack)
+        credit = said[-1].credit
+        windows.append(credit)
+    assert windows[0] == 2 * CHANNEL_WINDOW_BYTES and windows[-1] == CHANNEL_WINDOW_BYTES_MAX
+    told = len(said)
+    channels.blocked(Blocked(channel=0, credit=0))
+    assert len(said) == told
+
+
+def test_all_channels_together_have_a_credit_that_is_renewed_by_halves(tmp_path: Path) -> None:
+    """Also what is dropped as a double counts: it had to be held."""
+    channels, said, _ = opened(tmp_path, "ex.1")
+    for _ in range(CONNECTION_WINDOW_BYTES // 2 // 64_000):
+        send(channels, 0, 0, 64_000)
+    assert not [each for each in said if isinstance(each, Credit)]
+    send(channels, 0, 0, 64_000)
+    granted = [each.total for each in said if isinstance(each, Credit)]
+    assert len(granted) == 1 and granted[0] > CONNECTION_WINDOW_BYTES + CONNECTION_WINDOW_BYTES // 2
+
+
+def test_half_a_record_is_neither_durable_nor_where_it_goes_on(tmp_path: Path) -> None:
+    """The next session begins at the end of the last whole one; a gap swallows the half."""
+    channels, said, store = opened(tmp_path, "ex.1")
+    send(channels, 0, 0, 100)
+    send(channels, 0, 100, 50, goes_on=True)
+    assert store.acquire("ex.1", "rn").row.end == 100
+    channels.release()
+    again = Channels("rn", store, lambda _: "rn", said.append)
+    again.open(LogOpen(channel=0, attempt="ex.1", first=0))
+    assert isinstance(said[-1], Resume) and said[-1].offset == 100
+    send(again, 0, 100, 80)
+    assert store.acquire("ex.1", "rn").row.end == 180
+    send(again, 0, 180, 10, goes_on=True)
+    again.gap(Gap(channel=0, start=180, end=500))
+    assert store.acquire("ex.1", "rn").row.gaps == ((180, 500),)
+
+
+def test_a_runner_is_told_who_is_followed(tmp_path: Path) -> None:
+    """By the first follower and the last one, and of one that was there before."""
+    channels, said, store = opened(tmp_path, "ex.1")
+    log = store.acquire("ex.1", "rn")
+    log.follow(1)
+    log.follow(1)
+    log.follow(-1)
+    assert [each for each in said if isinstance(each, Watch)] == [Watch(channel=0, on=True)]
+    channels.open(LogOpen(channel=3, attempt="ex.1", first=0))
+    assert said[-1] == Watch(channel=3, on=True)
+    log.follow(-1)
+    assert said[-1] == Watch(channel=3, on=False)
