@@ -60,6 +60,17 @@ class OnLoss(StrEnum):
     STOP = "stop"
 
 
+class Overflow(StrEnum):
+    """What happens to the log of an attempt that reaches its limit."""
+
+    HEAD_TAIL = "head_tail"
+    """The beginning and the newest are kept, what was between is dropped."""
+    BLOCK = "block"
+    """Whoever writes waits until the control plane has taken some."""
+    DISCARD = "discard"
+    """The newest is not kept."""
+
+
 class Audience(Closed):
     """Exactly one incarnation of one runner of one organisation."""
 
@@ -165,8 +176,18 @@ EnvValue = Annotated[Text, at_most_bytes(ENV_VALUE_BYTES_MAX)]
 Argument = Annotated[Text, at_most_bytes(ARGV_ITEM_BYTES_MAX)]
 
 
+class InputKey(Closed):
+    """Who may write to the attempt's stdin: an Ed25519 key, made for it, that signs every piece."""
+
+    key: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{43}$")]
+
+
 class ExecutionStart(Closed):
-    """Run `argv` as one attempt. `timeout_ms` null: no limit; `grace_ms` null: the runner's default."""
+    """Run `argv` as one attempt. `timeout_ms` null: no limit; `grace_ms` null: the runner's default.
+
+    `idle_timeout_ms`: it ends when it wrote nothing for so long. `stdin` null: /dev/null. `events`: a third output, for
+    JSON lines.
+    """
 
     execution_id: Id
     start_token: Positive
@@ -176,6 +197,10 @@ class ExecutionStart(Closed):
     secrets: Annotated[list[SealedSecret], Field(max_length=SECRETS_ITEMS_MAX)] = []
     timeout_ms: Annotated[int, Field(ge=1, le=TIMEOUT_MS_MAX)] | None = None
     grace_ms: Annotated[int, Field(ge=0, le=GRACE_MS_MAX)] | None = None
+    idle_timeout_ms: Annotated[int, Field(ge=1, le=TIMEOUT_MS_MAX)] | None = None
+    overflow: Overflow = Overflow.HEAD_TAIL
+    stdin: InputKey | None = None
+    events: bool = False
 
     @model_validator(mode="after")
     def _runnable(self) -> "ExecutionStart":
@@ -214,6 +239,30 @@ class ExecutionStop(Closed):
     grace_ms: Annotated[int, Field(ge=0, le=GRACE_MS_MAX)] | None = None
 
 
+class SignalName(StrEnum):
+    """Signals that a command may send; what ends an attempt is a stop."""
+
+    HUP = "HUP"
+    INT = "INT"
+    USR1 = "USR1"
+    USR2 = "USR2"
+    WINCH = "WINCH"
+
+
+class ExecutionSignal(Closed):
+    """Send a signal to the child of a living attempt, or to every process of its tree; once."""
+
+    execution_id: Id
+    start_token: Positive
+    signal: SignalName
+    to: Literal["child", "tree"] = "child"
+
+    @property
+    def attempt(self) -> Attempt:
+        """The attempt that is to get it."""
+        return Attempt(ExecutionId(self.execution_id), FencingToken(self.start_token))
+
+
 class WorktreeCreate(Closed):
     """Make a worktree of the repository at `repo`, at commit `base`, on a new branch or detached (`branch` null)."""
 
@@ -249,7 +298,7 @@ class LeaseAcquire(Closed):
         return Attempt(ExecutionId(self.execution_id), FencingToken(self.start_token))
 
 
-Args = ExecutionStart | ExecutionStop | WorktreeCreate | WorktreeRemove | LeaseRelease | LeaseAcquire
+Args = ExecutionStart | ExecutionStop | ExecutionSignal | WorktreeCreate | WorktreeRemove | LeaseRelease | LeaseAcquire
 
 
 class Kind(StrEnum):
@@ -257,6 +306,7 @@ class Kind(StrEnum):
 
     EXECUTION_START = "execution.start"
     EXECUTION_STOP = "execution.stop"
+    EXECUTION_SIGNAL = "execution.signal"
     WORKTREE_CREATE = "worktree.create"
     WORKTREE_REMOVE = "worktree.remove"
     LEASE_RELEASE = "lease.release"
@@ -267,6 +317,7 @@ ARGS: Final[Mapping[str, type[Args]]] = MappingProxyType(
     {
         Kind.EXECUTION_START: ExecutionStart,
         Kind.EXECUTION_STOP: ExecutionStop,
+        Kind.EXECUTION_SIGNAL: ExecutionSignal,
         Kind.WORKTREE_CREATE: WorktreeCreate,
         Kind.WORKTREE_REMOVE: WorktreeRemove,
         Kind.LEASE_RELEASE: LeaseRelease,
@@ -277,6 +328,7 @@ STREAM_OF: Final[Mapping[str, Stream]] = MappingProxyType(
     {
         Kind.EXECUTION_START: Stream.CTL,
         Kind.EXECUTION_STOP: Stream.SAFETY,
+        Kind.EXECUTION_SIGNAL: Stream.CTL,
         Kind.WORKTREE_CREATE: Stream.CTL,
         Kind.WORKTREE_REMOVE: Stream.CTL,
         Kind.LEASE_RELEASE: Stream.SAFETY,

@@ -64,7 +64,7 @@ class Verdict(StrEnum):
 
 
 class Cause(Open):
-    """What ended it first: `kind` is none, stop, timeout, lease, unreleased, exec_failed, shim_failed, reboot or shim_lost."""
+    """What ended it first: `kind` is none, stop, timeout, idle, lease, unreleased, exec_failed, shim_failed, reboot or shim_lost."""
 
     kind: Annotated[str, Field(pattern=r"^[a-z_]{1,32}$")]
     by: Annotated[str, Field(max_length=200)] = ""
@@ -87,12 +87,39 @@ class Usage(Open):
     maxrss_kib: Count = 0
 
 
+class Dropped(Open):
+    """The middle of a log that made room for the newest: `segments` of them, from `start` to `end`.
+
+    `before` is the digest of the segment in front of it, `last` that of its own last one, which the segment behind it names:
+    what is in front and what is behind can both be proven.
+    """
+
+    start: Count
+    end: Count
+    segments: Count
+    before: HexDigest
+    last: HexDigest
+
+
+class Uploaded(Open):
+    """What the copy at the control plane adds up to where it is not the log itself: `redactor` names the rules by which bytes were masked.
+
+    Offsets and lengths are the log's. Without streams its runner could not say: the log's beginning had made room for its newest.
+    """
+
+    redactor: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,32}$")]
+    streams: dict[str, StreamDigest] = {}
+
+
 class LogEnd(Open):
     """Where the log ends, and the digest of its last segment, whose header names the one before."""
 
     end: Count
     segments: Count
     chain: HexDigest
+    dropped: Dropped | None = None
+    uploaded: Uploaded | None = None
+    """None: the uploaded copy is the log, byte for byte."""
 
 
 class Sweep(Open):

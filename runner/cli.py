@@ -22,12 +22,14 @@ VERBS: Final = {
     "status": "runner.verbs.status",
     "ps": "runner.verbs.attempts",
     "logs": "runner.verbs.logs",
+    "log-level": "runner.verbs.daemon_logs",
     "stop": "runner.verbs.attempts",
     "explain": "runner.verbs.explain",
     "pause": "runner.verbs.drain",
     "resume": "runner.verbs.drain",
     "drain": "runner.verbs.drain",
     "orphans": "runner.verbs.orphans",
+    "gc": "runner.verbs.gc",
     "doctor": "runner.verbs.doctor",
     "service": "runner.verbs.service",
     "policy": "runner.verbs.policy",
@@ -47,7 +49,7 @@ class Front(click.Group):
         """The verb of that name."""
         if cmd_name not in VERBS:
             return None
-        found = getattr(import_module(VERBS[cmd_name]), cmd_name)
+        found = getattr(import_module(VERBS[cmd_name]), cmd_name.replace("-", "_"))
         assert isinstance(found, click.Command), "a verb's module defines it under its own name"
         return found
 

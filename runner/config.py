@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
-from protocol.limits import MIB, SEGMENT_BYTES, SPOOL_BYTES_PER_EXECUTION
+from protocol.limits import MIB, SEGMENT_BYTES, SPOOL_BYTES_PER_EXECUTION, SPOOL_BYTES_PER_HOST
 from runner.errors import ConfigError
 
 PREFIX: Final = "LOCAL_RUNNER_"
@@ -27,6 +27,11 @@ SEGMENT_BYTES_RANGE: Final = (1 * MIB, 1024 * MIB)
 FLOOR_MIB: Final = 512
 """Room for the journal, for git and for whatever else the machine does, while one execution fills its disk."""
 FLOOR_MIB_MAX: Final = 1024 * 1024
+HOST_MIB_MAX: Final = 1024 * 1024 * 1024
+DAY_MS: Final = 24 * 60 * 60 * 1000
+KEEP_DAYS: Final = 7
+"""Long enough to look at the log of last week's build on the machine where it ran."""
+KEEP_DAYS_MAX: Final = 3650
 _ELSEWHERE: Final = frozenset({"config", "system", "failpoints", "cookie", "attempt", "execution_id", "delegated"})
 """Variables of our prefix that are no settings: two say where to look, one is of the tests, three are of a shim's child, one of our
 service unit."""
@@ -57,6 +62,10 @@ class Settings:
     """Where shims make control groups: below the daemon's own where that is delegated, nowhere (`off`), or below a directory."""
     floor_bytes: int = FLOOR_MIB * MIB
     """Free space of the disk below which spools stop growing; the journal goes on."""
+    keep_ms: int = KEEP_DAYS * DAY_MS
+    """How long files of an execution are kept that is settled, with all of its log at the control plane."""
+    host_bytes: int = SPOOL_BYTES_PER_HOST
+    """What all executions' files may take; above it the oldest go that may."""
 
 
 class _Key(NamedTuple):
@@ -107,6 +116,11 @@ def _mebibytes(low: int, high: int) -> _Key:
     return key._replace(parse=lambda text, environ: key.parse(text, environ) * MIB)
 
 
+def _days(low: int, high: int) -> _Key:
+    key = _integer(low, high, "days")
+    return key._replace(parse=lambda text, environ: key.parse(text, environ) * DAY_MS)
+
+
 def _cgroup(text: str, environ: Mapping[str, str]) -> str:
     return text if text in ("auto", "off") else str(_path(text, environ))
 
@@ -125,10 +139,19 @@ _KEYS: Final[Mapping[str, _Key]] = MappingProxyType(
         "segment_bytes": _integer(*SEGMENT_BYTES_RANGE, "bytes"),
         "shim.cgroup": _Key(str, _cgroup, "auto, off, or the absolute path of a control group that is ours"),
         "spool.floor_mib": _mebibytes(0, FLOOR_MIB_MAX),
+        "spool.keep_days": _days(0, KEEP_DAYS_MAX),
+        "spool.host_mib": _mebibytes(0, HOST_MIB_MAX),
     }
 )
 """By the name in the file: `table.key`, or a key outside of all tables."""
-_FIELDS: Final[Mapping[str, str]] = MappingProxyType({"shim.cgroup": "cgroup", "spool.floor_mib": "floor_bytes"})
+_FIELDS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "shim.cgroup": "cgroup",
+        "spool.floor_mib": "floor_bytes",
+        "spool.keep_days": "keep_ms",
+        "spool.host_mib": "host_bytes",
+    }
+)
 """Settings whose field is not called as their key."""
 _TABLES: Final = frozenset(name.partition(".")[0] for name in _KEYS if "." in name)
 _BY_WORD: Final[Mapping[str, str]] = MappingProxyType({name.replace(".", "_"): name for name in _KEYS})

@@ -5,6 +5,7 @@ Up: lock, identity, policy, journal, shims; recovery; then the socket and the ne
 
 import asyncio
 import contextlib
+import functools
 import os
 import platform
 import socket
@@ -14,24 +15,29 @@ from typing import Final
 
 import anyio
 import structlog
+from anyio.abc import TaskGroup
 
 from protocol.execution import AttemptState
 from protocol.groups import ungrouped
 from protocol.handshake import Standing
 from protocol.keys import b64url
+from protocol.messages import InputFed
 from protocol.session import BeatAnswered
 from protocol.version import VERSION
 from runner import failpoints
 from runner.adapters import cgroups
-from runner.adapters.attemptdir import ShimSettings
-from runner.adapters.attemptfiles import attempt_directories
+from runner.adapters.attemptdir import ShimSettings, exit_of
+from runner.adapters.attemptfiles import ATTEMPTS_DIR, attempt_directories
 from runner.adapters.control import serve_control
 from runner.adapters.git import Git
 from runner.adapters.headroom import Gauge
+from runner.adapters.inlet import Inlet
 from runner.adapters.journal import SqliteJournal
 from runner.adapters.keeper import Keeper
 from runner.adapters.keystore import Identity, Keystore
 from runner.adapters.policyfile import load_policy
+from runner.adapters.redactor import Redactor
+from runner.adapters.retention import Kept, Retention
 from runner.adapters.shims import ShimAdapter
 from runner.adapters.succession import IDENTITY, JOURNAL, carry_through
 from runner.adapters.system import StateLock, SystemClock, make_private, raise_fd_limit, sd_notify
@@ -42,27 +48,31 @@ from runner.adapters.worktrees import GitWorktrees
 from runner.config import Settings
 from runner.core.engine import Engine, EngineIdentity
 from runner.core.environment import inherited
+from runner.core.gate import disk_wanted
 from runner.core.inputs import Now, SessionDown
 from runner.core.policy import Policy
+from runner.core.takeback import sealed_secrets
 from runner.desk import Desk
 from runner.ending import Ending
 from runner.errors import JournalBroken
 from runner.hands import DaemonHands
 from runner.link import Link
+from runner.logdesk import LogDesk
+from runner.logsink import Sink
 from runner.pump import Footing, Pump
 from runner.strays import StrayDesk
 
 PRIVATE_UMASK: Final = 0o077
 INSTANCE_BYTES: Final = 16
 """What tells this daemon from any other that holds its key: as much as an id has."""
+FENCES_KEPT_MS: Final = 7 * 24 * 60 * 60 * 1000
+"""Longer than an attempt is between its fence and its directory, by far."""
 HOUSEKEEPING_S: Final = 3600.0
 """Pruning is for weeks-old things: once an hour is plenty, and wakes an idle laptop rarely."""
-RETENTION_MS: Final = 7 * 24 * 60 * 60 * 1000
-"""Attempts whose log is durable at the plane are kept this long for their owner."""
 
 
-async def run_daemon(settings: Settings, *, ready: Callable[[], None] | None = None) -> int:
-    """Run until SIGTERM or SIGINT; returns the exit code.
+async def run_daemon(settings: Settings, sink: Sink, *, ready: Callable[[], None] | None = None) -> int:
+    """Run until SIGTERM or SIGINT; returns the exit code. `sink` is where its log goes.
 
     Raises:
         AnotherDaemon, NotEnrolled, ConfigError: before anything was admitted.
@@ -75,7 +85,7 @@ async def run_daemon(settings: Settings, *, ready: Callable[[], None] | None = N
     try:
         with ungrouped(), StateLock(settings.state_dir / "runner.lock"):
             carry_through(settings.state_dir)
-            daemon = Daemon(settings, umask)
+            daemon = Daemon(settings, umask, sink)
             await daemon.run(ready or (lambda: None))
     except* JournalBroken as broken:
         log.error("journal.broken", detail=str(broken.exceptions[0]))
@@ -86,9 +96,10 @@ async def run_daemon(settings: Settings, *, ready: Callable[[], None] | None = N
 class Daemon:
     """One daemon's life."""
 
-    def __init__(self, settings: Settings, umask: int) -> None:
+    def __init__(self, settings: Settings, umask: int, sink: Sink) -> None:
         self._settings = settings
         self._umask = umask
+        self._sink = sink
         self._clock = SystemClock()
         self._instance = b64url(self._clock.entropy(INSTANCE_BYTES))
         self._log = structlog.get_logger()
@@ -106,9 +117,10 @@ class Daemon:
             shims = self._shims(engine)
             stack.callback(shims.close)
             shims.start()
-            uplink = Uplink(wake=lambda: link.wake(), arm=shims.arm, trim=shims.trim, failed=self._complain_of_log)
+            redactor = self._redactor(engine)
+            uplink = self._uplink(shims, redactor, lambda: link.wake())
             stack.callback(uplink.close)
-            shims.on_growth = uplink.grew
+            inlet = self._inlet(shims, lambda fed: link.say(fed))
             link = Link(
                 url=self._identity.url,
                 proxy=self._settings.proxy,
@@ -116,6 +128,7 @@ class Daemon:
                 journal=journal,
                 clock=self._clock,
                 uplink=uplink,
+                inlet=inlet,
                 note=lambda event, fields: hands.note(event, fields),
             )
             keeper = self._keeper(
@@ -133,19 +146,18 @@ class Daemon:
                     uplink=uplink,
                     keeper=keeper,
                     keystore=self._keystore,
-                    runner=engine.me.runner,
-                    seal_seed=self._identity.seal_seed,
+                    redactor=redactor,
                 )
                 gauge = self._gauge()
                 pump = Pump(engine, journal, self._clock, hands, gauge.measure, WakeWatch().look)
                 keeper.start()
-                await self._recover(engine, pump, shims, uplink)
-                desk, ending = self._owners_side(engine, pump, shims, uplink, link, gauge, hands)
+                await self._recover(engine, pump, shims, uplink, hands, redactor)
+                retention = self._retention(journal, engine, shims)
+                desk, ending = self._owners_side(engine, pump, shims, uplink, link, gauge, hands, retention)
                 await tasks.start(serve_control, self._settings.runtime_dir / "control.sock", desk.answer)
                 tasks.start_soon(pump.run)
                 tasks.start_soon(link.run, pump)
-                tasks.start_soon(self._keep_house, journal, engine, shims)
-                tasks.start_soon(worktrees.keep_trash_empty, self._complain_of_trash)
+                self._begin_upkeep(tasks, journal, shims, worktrees, retention)
                 self._log.info("daemon.started", pid=os.getpid(), runner=engine.me.runner, inc=engine.me.inc)
                 sd_notify("READY=1")
                 ready()
@@ -213,6 +225,35 @@ class Daemon:
             on_loss=lambda why: self._log.warning("forkserver.lost", detail=why),
         )
 
+    def _redactor(self, engine: Engine) -> Redactor:
+        return Redactor(
+            self._settings.state_dir / ATTEMPTS_DIR,
+            runner=engine.me.runner,
+            seal_seed=self._identity.seal_seed,
+            sealed=functools.partial(sealed_secrets, engine),
+            note=lambda event, fields: self._log.warning(event, **fields),
+            spare_bytes=self._settings.spool_bytes - 2 * self._settings.segment_bytes,
+        )
+
+    def _uplink(self, shims: ShimAdapter, redactor: Redactor, wake: Callable[[], None]) -> Uplink:
+        uplink = Uplink(
+            wake=wake,
+            arm=lambda name, end: shims.arm(name, redactor.looked(name, end)),
+            trim=lambda name, acked: shims.trim(name, redactor.kept_from(name, acked)),
+            failed=self._complain_of_log,
+        )
+        shims.on_growth = uplink.grew
+        return uplink
+
+    def _inlet(self, shims: ShimAdapter, say: Callable[[InputFed], None]) -> Inlet:
+        inlet = Inlet(
+            self._settings.state_dir,
+            feed=lambda name, offset, data, end: shims.input(name, offset, data, end=end),
+            say=say,
+        )
+        shims.on_fed = inlet.fed
+        return inlet
+
     def _owners_side(
         self,
         engine: Engine,
@@ -222,6 +263,7 @@ class Daemon:
         link: Link,
         gauge: Gauge,
         hands: DaemonHands,
+        retention: Retention,
     ) -> tuple[Desk, Ending]:
         ending = Ending(
             engine=engine,
@@ -242,8 +284,28 @@ class Daemon:
             measure=gauge.measure,
             end=ending.ask,
             orphans=StrayDesk(engine=engine, shims=shims, settle=pump.put_and_wait, sweep_of=hands.sweep_of).answer,
+            logs=LogDesk(self._sink),
+            retention=retention,
         )
         return desk, ending
+
+    def _retention(self, journal: SqliteJournal, engine: Engine, shims: ShimAdapter) -> Retention:
+        disk = Gauge([self._settings.state_dir])
+
+        def wanted() -> int:
+            room = disk.measure()
+            return 0 if room.disk_free is None else max(disk_wanted(room, engine.policy) - room.disk_free, 0)
+
+        return Retention(
+            state_dir=self._settings.state_dir,
+            kept=Kept(keep_ms=self._settings.keep_ms, host_bytes=self._settings.host_bytes),
+            clock=self._clock,
+            settled=journal.settled,
+            living=lambda: {attempt.name for attempt in engine.attempts.living_names()},
+            limit=shims.limit,
+            wanted=wanted,
+            note=lambda event, fields: self._log.info(event, **fields),
+        )
 
     def _gauge(self) -> Gauge:
         state_dir = self._settings.state_dir
@@ -282,19 +344,42 @@ class Daemon:
 
     # --- start and upkeep ---------------------------------------------------------------------------------------
 
-    async def _recover(self, engine: Engine, pump: Pump, shims: ShimAdapter, uplink: Uplink) -> None:
+    async def _recover(
+        self,
+        engine: Engine,
+        pump: Pump,
+        shims: ShimAdapter,
+        uplink: Uplink,
+        hands: DaemonHands,
+        redactor: Redactor,
+    ) -> None:
         """Bring every attempt and every pending command to where it belongs, before any new one is heard."""
-        found = await shims.observe()
+        found = await hands.completed(await shims.observe(), engine.attempts.living_names())
         failpoints.hit("recovery.observed")
         effects = engine.recover(found, self._clock.now())
         failpoints.hit("recovery.decided")
         settled = {row.attempt.name for row in engine.attempts.rows.values() if row.state is AttemptState.SETTLED}
         for directory in attempt_directories(self._settings.state_dir):
             if directory.name in settled and read_ack(directory) is None:
-                uplink.track(directory.name, directory, finished=True)
+                reader = functools.partial(redactor.reader, directory.name, directory, ended=True)
+                record = exit_of(directory)
+                end = 0 if record is None else record.log_end
+                uplink.track(directory.name, directory, finished=True, end=end, reader=reader)
         await pump.perform(effects)
         failpoints.hit("recovery.performed")
         self._log.info("recovery.finished", found=len(found), living=engine.attempts.living)
+
+    def _begin_upkeep(
+        self,
+        tasks: TaskGroup,
+        journal: SqliteJournal,
+        shims: ShimAdapter,
+        worktrees: GitWorktrees,
+        retention: Retention,
+    ) -> None:
+        tasks.start_soon(self._keep_house, journal, shims)
+        tasks.start_soon(worktrees.keep_trash_empty, self._complain_of_trash)
+        tasks.start_soon(retention.keep)
 
     def _complain_of_log(self, attempt: str, fault: str) -> None:
         self._log.warning("log.failed", attempt=attempt, detail=fault)
@@ -302,10 +387,9 @@ class Daemon:
     def _complain_of_trash(self, fault: str) -> None:
         self._log.warning("worktree.failed", detail=fault)
 
-    async def _keep_house(self, journal: SqliteJournal, engine: Engine, shims: ShimAdapter) -> None:
+    async def _keep_house(self, journal: SqliteJournal, shims: ShimAdapter) -> None:
         while True:
             now_ms = self._clock.now().wall_ms
             await journal.prune(now_ms)
-            living = {attempt.name for attempt in engine.attempts.living_names()}
-            await shims.expire(now_ms - RETENTION_MS, living)
+            await shims.expire(now_ms - FENCES_KEPT_MS)
             await anyio.sleep(HOUSEKEEPING_S)

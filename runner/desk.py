@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+import structlog
+
 from protocol.errors import Reason
 from protocol.execution import AttemptState
 from protocol.lease import LeaseState
@@ -13,6 +15,7 @@ from protocol.limits import TIMEOUT_MS_MAX
 from runner.adapters.attemptfiles import AttemptFiles, read_attempt, written_end
 from runner.adapters.control import ControlCall
 from runner.adapters.exitrecord import parse_exit
+from runner.adapters.retention import Retention
 from runner.adapters.shims import ShimAdapter
 from runner.adapters.uplink import Uplink, read_ack
 from runner.core.engine import Engine
@@ -22,6 +25,7 @@ from runner.core.journaling import AttemptRow
 from runner.core.plans import Admission, Headroom, Phase
 from runner.errors import Refused
 from runner.link import Link
+from runner.logdesk import LogDesk
 from runner.ports import Clock
 
 LISTED_MAX: Final = 200
@@ -31,7 +35,7 @@ NAMED_MAX: Final = 20
 
 
 class Desk:
-    """Answers `status`, `ps`, `stop`, `admission`, `orphans` and `shutdown`.
+    """Answers `status`, `ps`, `stop`, `admission`, `orphans`, `gc`, `log`, `log_level` and `shutdown`.
 
     `settle` puts an input and returns when what follows from it is durable; `end` begins the end of the daemon.
     """
@@ -51,6 +55,8 @@ class Desk:
         measure: Callable[[], Headroom],
         end: Callable[[], None],
         orphans: Callable[[ControlCall], Awaitable[dict[str, Any]]],
+        logs: LogDesk,
+        retention: Retention,
     ) -> None:
         self._version = version
         self._name = name
@@ -64,10 +70,17 @@ class Desk:
         self._measure = measure
         self._end = end
         self._orphans = orphans
+        self._logs = logs
+        self._retention = retention
+        self._log = structlog.get_logger()
         self._started_ms = clock.now().boot_ms
 
     async def answer(self, call: ControlCall) -> dict[str, Any]:
         """Answer one call. Raises Refused."""
+        if call.verb == "log":
+            return await self._logs.lines(call)
+        # Those who read the log are not told of in it: each line would have them ask for the next.
+        self._log.debug("owner.asked", verb=call.verb, uid=call.uid, pid=call.pid)
         match call.verb:
             case "status":
                 return self._status()
@@ -79,6 +92,10 @@ class Desk:
                 return await self._admit(call)
             case "orphans":
                 return await self._orphans(call)
+            case "gc":
+                return await self._prune(call)
+            case "log_level":
+                return await self._logs.level(call)
             case "shutdown":
                 self._end()
                 return {"pid": os.getpid()}
@@ -116,6 +133,7 @@ class Desk:
             "leases": self._leases(),
             "survivors": sum(engine.orphans.survivors.values()),
             "cgroups": _text(self._shims.settings.cgroups),
+            "log": self._logs.state(),
         }
 
     # --- admission ----------------------------------------------------------------------------------------------
@@ -154,6 +172,12 @@ class Desk:
         late = sum(1 for lease in held if now_ms > (lease.renew_at_ms + lease.deadline_ms) // 2)
         soonest_ms = min((lease.deadline_ms - now_ms for lease in held), default=None)
         return {"held": len(held), "lost": lost, "late": late, "soonest_ms": soonest_ms}
+
+    async def _prune(self, call: ControlCall) -> dict[str, Any]:
+        try:
+            return await self._retention.prune(by=f"owner:{call.uid}", dry_run=call.args.get("dry_run") is True)
+        except OSError as exc:
+            raise Refused(Reason.INFRA, f"the attempts' directories cannot be looked at: {exc.strerror}") from exc
 
     # --- attempts -----------------------------------------------------------------------------------------------
 

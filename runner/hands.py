@@ -3,7 +3,8 @@
 import asyncio
 import errno
 import os
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, Final, assert_never
 
 import anyio
@@ -12,9 +13,9 @@ from anyio.abc import TaskGroup
 
 from protocol.errors import ProtocolError, Reason
 from protocol.ids import Attempt
-from protocol.secretbox import open_secret
 from runner import failpoints
 from runner.adapters.keystore import Keystore
+from runner.adapters.redactor import Redactor
 from runner.adapters.shims import ShimAdapter
 from runner.adapters.uplink import Uplink
 from runner.core.effects import (
@@ -37,6 +38,7 @@ from runner.core.effects import (
     Say,
     ScanOrphans,
     SendBeat,
+    SignalAttempt,
     StopAttempt,
     SweepAttempt,
     SweepRemains,
@@ -54,7 +56,7 @@ from runner.core.inputs import (
     WorktreeFailed,
     WorktreeRemoved,
 )
-from runner.core.plans import AttemptPlan, ProcessIdentity, Swept
+from runner.core.plans import AttemptPlan, Observed, ProcessIdentity, Swept
 from runner.errors import Broken, ConfigError, NotEnrolled, Refused
 from runner.link import Link
 from runner.ports import LeaseKeeper, ShimEvent, Worktrees
@@ -95,8 +97,7 @@ class DaemonHands:
         uplink: Uplink,
         keeper: LeaseKeeper,
         keystore: Keystore,
-        runner: str,
-        seal_seed: bytes,
+        redactor: Redactor,
     ) -> None:
         self._tasks = tasks
         self._put = put
@@ -106,8 +107,7 @@ class DaemonHands:
         self._uplink = uplink
         self._keeper = keeper
         self._keystore = keystore
-        self._runner = runner
-        self._seal_seed = seal_seed
+        self._redactor = redactor
         self._secrets: dict[Attempt, dict[str, bytes]] = {}
         self._scanning = False
         self._sweeps: dict[Attempt, list[asyncio.Future[Swept]]] = {}
@@ -119,8 +119,27 @@ class DaemonHands:
         """What became of an attempt; when it has ended, its log will not grow any more and its lease is not wanted."""
         if isinstance(event, AttemptExited | AttemptLost):
             self._keeper.drop(event.attempt)
-            self._uplink.finish(event.attempt.name)
-        self._put(event)
+            self._redactor.ended(event.attempt)
+            self._uplink.finish(event.attempt.name, event.exit.log_end if isinstance(event, AttemptExited) else 0)
+        if isinstance(event, AttemptExited) and self._redactor.masks(event.attempt):
+            self._begin(self._complete, event)
+        else:
+            self._put(event)
+
+    async def _complete(self, event: AttemptExited) -> None:
+        """Its log goes up otherwise than it is: it is read once more, for what the settlement says of that."""
+        record = await anyio.to_thread.run_sync(self._redactor.completed, event.attempt, event.exit)
+        self._put(AttemptExited(event.attempt, record))
+
+    async def completed(self, found: Sequence[Observed], living: Collection[Attempt]) -> list[Observed]:
+        """What was found at start, with what the settlements of those that ended meanwhile say of their uploaded copies."""
+        whole = []
+        for each in found:
+            if each.exit is not None and each.attempt in living and self._redactor.masks(each.attempt):
+                record = await anyio.to_thread.run_sync(self._redactor.completed, each.attempt, each.exit)
+                each = replace(each, exit=record)
+            whole.append(each)
+        return whole
 
     def sweep_of(self, attempt: Attempt) -> "asyncio.Future[Swept]":
         """The evidence of the next sweep of what is left of an attempt; cancel it when nobody waits any more."""
@@ -153,16 +172,20 @@ class DaemonHands:
                 self._begin(self._release, attempt)
             case AbandonAttempt(attempt):
                 self._secrets.pop(attempt, None)
+                self._redactor.forget(attempt)
                 self._keeper.drop(attempt)
                 self._begin(self._shims.abandon, attempt)
             case StopAttempt(attempt, grace_ms, by):
                 self._shims.stop(attempt, grace_ms, by)
                 failpoints.hit("stop.said")
+            case SignalAttempt(attempt, name, signal, tree):
+                self._shims.signal(attempt, name, signal, tree=tree)
             case PushLease():
                 self._push_lease(effect)
                 failpoints.hit("lease.pushed")
             case CollectAttempt(attempt):
                 self._keeper.drop(attempt)
+                self._redactor.forget(attempt)
                 self._shims.collect(attempt)
             case AdoptAttempt(attempt):
                 self._begin(self._adopt, attempt)
@@ -216,10 +239,7 @@ class DaemonHands:
     async def _prepare(self, plan: AttemptPlan, again: bool) -> None:
         attempt = plan.attempt
         try:
-            secrets = {
-                name: open_secret(sealed, self._seal_seed, self._runner, attempt, name)
-                for name, sealed in plan.secrets.items()
-            }
+            secrets = self._redactor.open(attempt, plan.secrets)
             shim = await self._shims.prepare(plan, self._cwd(plan), again=again)
         except ProtocolError as exc:
             self._put(AttemptNotPrepared(attempt, exc.reason, exc.detail, refused=True))
@@ -230,6 +250,10 @@ class DaemonHands:
             self._put(AttemptNotPrepared(attempt, reason, os.strerror(exc.errno or 0), refused=False))
         else:
             self._secrets[attempt] = secrets
+            if secrets:
+                await anyio.to_thread.run_sync(self._redactor.learn, plan, secrets)
+            else:
+                self._redactor.learn(plan, secrets)
             self._track(attempt)
             failpoints.hit("attempt.prepared")
             self._put(AttemptPrepared(attempt, shim))
@@ -302,7 +326,8 @@ class DaemonHands:
 
     def _track(self, attempt: Attempt) -> None:
         try:
-            self._uplink.track(attempt.name, self._shims.log_dir(attempt.name).parent)
+            directory = self._shims.log_dir(attempt.name).parent
+            self._uplink.track(attempt.name, directory, reader=lambda: self._redactor.reader(attempt.name, directory))
         except Broken as exc:
             self.note("log.failed", {"attempt": attempt.name, "reason": exc.reason})
 

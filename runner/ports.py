@@ -7,7 +7,7 @@ from typing import Protocol
 from protocol.ids import Attempt
 from protocol.lease import Lease
 from protocol.messages import ReportItem
-from runner.core.inputs import AttemptExited, AttemptLost, Now, RemainsSwept, ShimSilent
+from runner.core.inputs import AttemptExited, AttemptLost, AttemptSignalled, Now, RemainsSwept, ShimSilent
 from runner.core.journaling import Image, Write
 from runner.core.plans import (
     AttemptPlan,
@@ -56,7 +56,7 @@ class Journal(Protocol):
         """Stored report items by number; those that were pruned are left out."""
 
 
-ShimEvent = AttemptExited | AttemptLost | ShimSilent | RemainsSwept
+ShimEvent = AttemptExited | AttemptLost | AttemptSignalled | ShimSilent | RemainsSwept
 
 
 class Shims(Protocol):
@@ -92,6 +92,9 @@ class Shims(Protocol):
 
     def stop(self, attempt: Attempt, grace_ms: int | None, by: str) -> None:
         """Begin the ladder; idempotent. While there is no connection it waits for the next."""
+
+    def signal(self, attempt: Attempt, name: bytes, signal: str, *, tree: bool) -> None:
+        """Pass a signal on, once for each `name`, to the child or its tree; `AttemptSignalled` answers. It waits as a stop does."""
 
     def lease(
         self, attempt: Attempt, token: int, deadline_ms: int, action: LeaseAction, grace_ms: int | None = None

@@ -58,10 +58,15 @@ def complain(command: str, message: str, following: str = "") -> None:
         click.echo(f"next: {following}", err=True)
 
 
+def safe_streams(*, raw: bool) -> frozenset[Standard]:
+    """The standard streams of this process that a terminal shows and that it must not obey; none with `raw`."""
+    shown = {Standard.OUT: sys.stdout, Standard.ERR: sys.stderr}
+    return frozenset() if raw else frozenset(to for to, stream in shown.items() if stream.isatty())
+
+
 def log_text(*, raw: bool) -> LogText:
     """The filter for this process's standard streams: a terminal sees nothing that it could obey, unless `raw`."""
-    shown = {Standard.OUT: sys.stdout, Standard.ERR: sys.stderr}
-    return LogText(frozenset() if raw else frozenset(to for to, stream in shown.items() if stream.isatty()))
+    return LogText(safe_streams(raw=raw))
 
 
 def write_piece(piece: Piece) -> None:

@@ -8,18 +8,17 @@ import resource
 import shutil
 import socket
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from protocol.errors import Reason
-from protocol.limits import KILL_WAIT_MS
+from protocol.limits import HEAD_BYTES, KILL_WAIT_MS
 from runner import failpoints
 from runner.adapters import cgroups
 from runner.adapters.attemptfiles import ATTEMPTS_DIR, attempt_directories, is_alive, read_attempt
 from runner.adapters.exitrecord import parse_exit
-from runner.adapters.uplink import ACK_NAME
 from runner.core.plans import AttemptPlan, ExitRecord
 from runner.errors import Broken, Refused, RunnerError
 
@@ -69,6 +68,8 @@ class ShimSettings(Place):
     umask: int
     segment_bytes: int
     spool_bytes: int
+    head_bytes: int = HEAD_BYTES
+    """What a log keeps from its beginning when its middle has to go."""
     floor_bytes: int = 0
     """A spool stops growing when its file system has less free than this."""
 
@@ -86,6 +87,12 @@ def spec_of(settings: ShimSettings, plan: AttemptPlan, cwd: str) -> dict[str, An
         "execution": plan.attempt.execution_id,
         "token": plan.token,
         "outlive": list(plan.outlive),
+        "idle_ms": plan.idle_ms,
+        "overflow": plan.overflow,
+        "head_bytes": settings.head_bytes,
+        "stdin": plan.input_key is not None,
+        "input_key": plan.input_key,
+        "events": plan.events,
         "cgroup": None if leaf is None else str(leaf),
         "fail": failpoints.for_shim() or None,
     }
@@ -266,21 +273,7 @@ def clear(directory: Path) -> None:
         shutil.rmtree(directory)
 
 
-def expire(state_dir: Path, before_ms: int, living: Collection[str]) -> int:
-    """Remove directories of attempts that ended before `before_ms` (wall) and are durable at the plane; returns how many."""
-    removed = 0
-    for directory in attempt_directories(state_dir):
-        acked = directory / ACK_NAME
-        with contextlib.suppress(OSError):
-            if directory.name in living or acked.stat().st_mtime * 1000 >= before_ms or is_alive(directory):
-                continue
-            shutil.rmtree(directory)
-            removed += 1
-    _expire_fences(state_dir, before_ms)
-    return removed
-
-
-def _expire_fences(state_dir: Path, before_ms: int) -> None:
+def expire_fences(state_dir: Path, before_ms: int) -> None:
     """A fence is for shims of earlier attempts: when none of them has a directory any more, nobody reads it."""
     executions = {directory.name.rpartition(".")[0] for directory in attempt_directories(state_dir)}
     with contextlib.suppress(OSError), os.scandir(state_dir / FENCES_DIR) as entries:

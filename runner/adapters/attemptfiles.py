@@ -118,6 +118,11 @@ def written_end(directory: Path) -> int | None:
         return None
 
 
+def read_spec(directory: Path) -> dict[str, Any] | None:
+    """What an attempt was started with; None when there is none, or it cannot be read."""
+    return _object(f"{directory}/spec.json", SPEC_BYTES_MAX)
+
+
 def segment_bases(log_dir: Path) -> list[int]:
     """Offsets at which the segments of a log begin, in order; none where there is no directory. Raises OSError."""
     try:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from protocol.limits import DETAIL_CHARS_MAX, JSON_INT_MAX
-from runner.core.plans import ExitRecord, ProcessLeft
+from runner.core.plans import DroppedMiddle, ExitRecord, ProcessLeft
 
 Count = Annotated[int, Field(ge=0, le=JSON_INT_MAX)]
 Nanos = Annotated[int, Field(ge=0, lt=2**63)]
@@ -53,10 +53,19 @@ class _Left(_Part):
     why: Annotated[str, Field(pattern=r"^[a-z_]{0,32}$")] = ""
 
 
+class _Dropped(_Part):
+    start: Count
+    end: Count
+    segments: Count
+    before: Hex
+    last: Hex
+
+
 class _Log(_Part):
     end: Count
     segments: Count
     chain: Hex
+    dropped: _Dropped | None = None
 
 
 class _Exit(_Part):
@@ -73,7 +82,7 @@ class _Exit(_Part):
     ended_ns: Nanos
     duration_ms: Count
     rusage: _Rusage
-    streams: dict[Literal["stdout", "stderr", "pty"], _Stream]
+    streams: dict[Literal["stdout", "stderr", "pty", "events"], _Stream]
     drain: Annotated[str, Field(max_length=32)]
     swept: Annotated[list[_Swept], Field(max_length=256)]
     survivors: Count
@@ -119,6 +128,7 @@ def parse_exit(attempt: str, found: dict[str, Any]) -> ExitRecord | None:
         tiers=tuple(told.tiers),
         remains=tuple(_left(each) for each in told.remains),
         outlived=tuple(_left(each) for each in told.outlived),
+        dropped=None if told.log.dropped is None else DroppedMiddle(**told.log.dropped.model_dump()),
     )
 
 

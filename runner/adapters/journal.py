@@ -147,6 +147,14 @@ class SqliteJournal:
         """Stored report items by number; those that were pruned are left out. Raises JournalBroken."""
         return await self._ask(lambda db: journal_rows.read_items(db, out_seqs))
 
+    async def settled(self, names: Sequence[str]) -> dict[str, int]:
+        """Which of these attempts are settled, and since when (wall time). Raises JournalBroken."""
+        found: dict[str, int] = {}
+        for start in range(0, len(names), PRUNE_ROWS):
+            # In steps: commits come in between.
+            found |= await self._ask(partial(journal_rows.read_settled, names=names[start : start + PRUNE_ROWS]))
+        return found
+
     async def prune(self, now_ms: int) -> Pruned:
         """Forget what is older than KEPT_MS (wall time): envelopes that are done with, answered reports; and expired tombstones.
 

@@ -282,6 +282,16 @@ def _commands(db: sqlite3.Connection) -> list[CommandRow]:
     ]
 
 
+def read_settled(db: sqlite3.Connection, names: Sequence[str]) -> dict[str, int]:
+    """Settled attempts among `names`, and when they were."""
+    found: dict[str, int] = {}
+    for name in names:
+        row = db.execute("SELECT at_ms FROM attempt WHERE name = ? AND state = 'settled'", (name,)).fetchone()
+        if row is not None:
+            found[name] = row[0]
+    return found
+
+
 def _attempts(db: sqlite3.Connection) -> list[AttemptRow]:
     rows = db.execute(
         f"SELECT {_ATTEMPT_COLUMNS} FROM attempt WHERE state != 'settled' OR name IN"  # noqa: S608 - constants

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
-from protocol.commands import Kind
+from protocol.commands import Kind, SignalName
 from protocol.envelope import digest_of
 from protocol.limits import GRACE_MS_MAX, KIB, MIB
 from runner.core.policy import Policy
@@ -76,6 +76,7 @@ def load_policy(path: Path, managed: Sequence[str]) -> tuple[Policy, str | None]
         Policy(
             digest=digest_of(content),
             kinds=frozenset(found["commands.kinds"]),
+            signals=frozenset(found["commands.signals"]),
             roots=tuple(dict.fromkeys(roots)),
             env_allow=tuple(found["env.allow"]),
             env_deny=tuple(found["env.deny"]),
@@ -101,6 +102,7 @@ def write_default(path: Path, roots: Sequence[str], *, minimums: bool = True) ->
     try:
         text = _TEMPLATE.format(
             kinds=",\n".join(f"  {_quoted(kind)}" for kind in Kind),
+            signals=", ".join(_quoted(name) for name in SignalName),
             roots=", ".join(_quoted(root) for root in roots),
             concurrent=CONCURRENT,
             grace_s_max=GRACE_S_MAX,
@@ -218,6 +220,10 @@ def _env_pattern(text: str) -> str:
     return text
 
 
+def _signal(text: str) -> str:
+    return SignalName(text).value
+
+
 def _program(text: str) -> str:
     if not _PROGRAM.fullmatch(text):
         raise ValueError
@@ -237,6 +243,7 @@ def _whole(high: int, default: int, unit: str = "") -> _Key:
 _KEYS: Final[Mapping[str, _Key]] = MappingProxyType(
     {
         "commands.kinds": _Key(_list_of(_kind), f"a list of {', '.join(Kind)}", ()),
+        "commands.signals": _Key(_list_of(_signal), f"a list of {', '.join(SignalName)}", tuple(SignalName)),
         "roots.managed": _Key(_list_of(_directory), "a list of absolute directories, or below ~", ()),
         "env.allow": _Key(_list_of(_env_pattern), "a list of names, or prefixes ending in *", ("*",)),
         "env.deny": _Key(_list_of(_env_pattern), "a list of names, or prefixes ending in *", ()),
@@ -275,6 +282,8 @@ version = 1
 kinds = [
 {kinds},
 ]
+# Signals that may be sent to what runs, by whoever may start it.
+signals = [{signals}]
 
 [roots]
 # Directories that hold what executions may use as working directory, and repositories that worktrees may be made of.

@@ -33,6 +33,12 @@ class ShimListener(Protocol):
     def shim_rang(self, link: "ShimLink", end: int) -> None:
         """The log has grown to `end`."""
 
+    def shim_signalled(self, link: "ShimLink", name: bytes, count: int) -> None:
+        """A signal reached so many processes."""
+
+    def shim_fed(self, link: "ShimLink", received: int, credit: int, *, closed: bool) -> None:
+        """How far stdin was received, up to where it may be sent, and whether nobody reads it any more."""
+
     def shim_gone(self, link: "ShimLink") -> None:
         """The connection is closed."""
 
@@ -82,6 +88,18 @@ class ShimLink(asyncio.Protocol):
         """Everything below `offset` is safe at the control plane."""
         self._send(wire.pack(wire.TRIM, wire.OFFSET_BODY.pack(offset)))
 
+    def limit(self, size: int) -> None:
+        """Keep no more of the log than this."""
+        self._send(wire.pack(wire.LIMIT, wire.OFFSET_BODY.pack(size)))
+
+    def input(self, offset: int, data: bytes, *, end: bool) -> None:
+        """Bytes for stdin, from `offset` on; with `end` nothing comes behind them."""
+        self._send(wire.pack(wire.INPUT, wire.INPUT_BODY.pack(offset, wire.INPUT_END if end else 0) + data))
+
+    def signal(self, name: bytes, number: int, *, tree: bool) -> None:
+        """A signal to the child or to its tree; `name` is obeyed once."""
+        self._send(wire.pack(wire.SIGNAL, wire.SIGNAL_BODY.pack(name, number, wire.TO_TREE if tree else wire.TO_CHILD)))
+
     def close(self) -> None:
         """Close the connection; before the release this is the word that nothing will ever run."""
         if self._transport is not None:
@@ -128,6 +146,11 @@ class ShimLink(asyncio.Protocol):
             self._listener.shim_exited(self, found)
         elif kind == wire.BELL:
             self._listener.shim_rang(self, wire.unpack_offset(body))
+        elif kind == wire.SIGNALLED:
+            self._listener.shim_signalled(self, *wire.SIGNALLED_BODY.unpack_from(body))
+        elif kind == wire.FED:
+            received, credit, closed = wire.FED_BODY.unpack_from(body)
+            self._listener.shim_fed(self, received, credit, closed=bool(closed))
         # Whatever a later shim says beside these is not for this version.
 
 
@@ -142,6 +165,8 @@ class Words:
 
     lease: tuple[int, int, LeaseAction, int | None] | None = None
     stops: list[tuple[int | None, str]] = field(default_factory=list)
+    signals: dict[bytes, tuple[int, bool]] = field(default_factory=dict)
+    """Without an answer yet: number, and whether for the whole tree, by id."""
 
     def add_stop(self, grace_ms: int | None, by: str) -> None:
         """One more stop; the same one counts once."""
@@ -155,3 +180,5 @@ class Words:
             link.lease(*self.lease)
         for grace_ms, by in self.stops:
             link.stop(grace_ms, by)
+        for name, (number, tree) in self.signals.items():
+            link.signal(name, number, tree=tree)

@@ -8,7 +8,7 @@ shim that holds its lock and does not answer is told of (`ShimSilent`), and ende
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +17,15 @@ from typing import Any, Final, TypeVar
 from protocol.errors import Reason
 from protocol.ids import Attempt
 from runner import failpoints
-from runner.adapters.attemptdir import ShimSettings, clear, dial, expire, lay_out, raise_fence, spec_of
+from runner.adapters.attemptdir import ShimSettings, clear, dial, expire_fences, lay_out, raise_fence, spec_of
 from runner.adapters.attemptfiles import LOG_DIR, is_alive
 from runner.adapters.exitrecord import parse_exit
 from runner.adapters.forkserver import ForkServer
 from runner.adapters.remains import Remains, Stray
 from runner.adapters.shimlink import ShimLink, Words, identity
-from runner.core.inputs import AttemptExited, AttemptLost, ShimSilent
-from runner.core.plans import AttemptPlan, ExitRecord, LeaseAction, Observed, Orphan, ProcessIdentity, Swept
+from runner.adapters.shimtalk import Held, ShimTalk
+from runner.core.inputs import AttemptExited, AttemptLost, AttemptSignalled, ShimSilent
+from runner.core.plans import AttemptPlan, ExitRecord, Observed, Orphan, ProcessIdentity, Swept
 from runner.errors import Broken, RunnerError
 from runner.ports import ShimEvent
 
@@ -45,20 +46,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(slots=True)
-class _Held:
-    """A shim we are connected to."""
-
-    link: ShimLink
-    welcomed: "asyncio.Future[ProcessIdentity]"
-    tool_exit: "asyncio.Future[ExitRecord | None] | None" = None
-    """Set for tools: their end is for the caller alone."""
-    abandoned: bool = False
-    settled: bool = False
-    heard: bool = False
-
-
-@dataclass(slots=True)
-class ShimAdapter:
+class ShimAdapter(ShimTalk):
     """Implements the port Shims."""
 
     settings: ShimSettings
@@ -66,15 +54,12 @@ class ShimAdapter:
     """Names of processes that the owner lets live on now; what a spec says goes first."""
     on_growth: Callable[[str, int], None] = lambda _attempt, _end: None
     """Called when the log of an attempt (by name) has grown to an offset."""
+    on_fed: Callable[[str, int, int, bool], None] = lambda _attempt, _received, _credit, _closed: None
+    """Called when the stdin of an attempt (by name) was received up to an offset, with its credit and whether nobody reads it."""
     on_loss: Callable[[str], None] = lambda _why: None
     """Called when the fork server had to be replaced."""
-    on_cut: Callable[[Attempt], None] = lambda _attempt: None
-    """Called when there is no connection and there should be one: it is to be adopted."""
     _server: ForkServer = field(init=False)
     _remains: Remains = field(init=False)
-    _held: dict[str, _Held] = field(default_factory=dict)
-    _words: dict[str, Words] = field(default_factory=dict)
-    _cuts: dict[str, int] = field(default_factory=dict)
     _adopting: set[str] = field(default_factory=set)
     _hear: Callable[[ShimEvent], None] = lambda _event: None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(FILE_THREADS, "attempt-files"))
@@ -164,9 +149,9 @@ class ShimAdapter:
             held.link.close()
             raise Broken(Reason.INFRA, "the shim does not answer") from exc
 
-    async def _connect(self, name: str, sock: socket.socket) -> _Held:
+    async def _connect(self, name: str, sock: socket.socket) -> Held:
         loop = asyncio.get_running_loop()
-        held = _Held(ShimLink(name, self), loop.create_future())
+        held = Held(ShimLink(name, self), loop.create_future())
         previous = self._held.get(name)
         if previous is not None:
             previous.settled = True
@@ -208,6 +193,16 @@ class ShimAdapter:
             # It ended, and what its shim says of it is nonsense: that is not a success, and not a story either.
             self._hear(AttemptLost(Attempt.parse(link.attempt), Reason.SHIM_LOST, None))
 
+    def shim_signalled(self, link: ShimLink, name: bytes, count: int) -> None:
+        """A signal was passed on."""
+        words = self._words.get(link.attempt)
+        if words is not None and words.signals.pop(name, None) is not None:
+            self._hear(AttemptSignalled(Attempt.parse(link.attempt), name, count))
+
+    def shim_fed(self, link: ShimLink, received: int, credit: int, *, closed: bool) -> None:
+        """Its stdin can take more."""
+        self.on_fed(link.attempt, received, credit, closed)
+
     def shim_gone(self, link: ShimLink) -> None:
         """The connection is closed: after the end that is nothing; before it, the files say what happened."""
         held = self._held.get(link.attempt)
@@ -244,55 +239,6 @@ class ShimAdapter:
         else:
             self.on_cut(attempt)
 
-    # --- a living attempt ---------------------------------------------------------------------------------------
-
-    def stop(self, attempt: Attempt, grace_ms: int | None, by: str) -> None:
-        """See the port."""
-        self._words.setdefault(attempt.name, Words()).add_stop(grace_ms, by)
-        held = self._held.get(attempt.name)
-        if held is not None:
-            held.link.stop(grace_ms, by)
-        else:
-            # It may have been silent for a while only: a stop is worth asking again.
-            self.on_cut(attempt)
-
-    def lease(
-        self, attempt: Attempt, token: int, deadline_ms: int, action: LeaseAction, grace_ms: int | None = None
-    ) -> None:
-        """See the port."""
-        self._words.setdefault(attempt.name, Words()).lease = (token, deadline_ms, action, grace_ms)
-        held = self._held.get(attempt.name)
-        if held is not None:
-            held.link.lease(token, deadline_ms, action, grace_ms)
-
-    def collect(self, attempt: Attempt) -> None:
-        """See the port."""
-        self._words.pop(attempt.name, None)
-        self._cuts.pop(attempt.name, None)
-        held = self._held.get(attempt.name)
-        if held is not None:
-            held.settled = True
-            held.link.collected()
-
-    def arm(self, name: str, seen_end: int) -> None:
-        """Ask the shim of an attempt to ring when its log is longer than `seen_end`."""
-        held = self._held.get(name)
-        if held is not None:
-            held.link.arm(seen_end)
-
-    def trim(self, name: str, offset: int) -> None:
-        """Tell the shim of an attempt what is safe at the control plane."""
-        held = self._held.get(name)
-        if held is not None:
-            held.link.trim(offset)
-
-    def child_of(self, name: str) -> tuple[int | None, int | None]:
-        """Pid and start (wall ms) of an attempt's child, where its shim told."""
-        held = self._held.get(name)
-        if held is None or held.link.child is None:
-            return None, None
-        return held.link.child[0], held.link.started_ms
-
     # --- recovery -----------------------------------------------------------------------------------------------
 
     async def observe(self) -> list[Observed]:
@@ -305,7 +251,7 @@ class ShimAdapter:
         connected = self._held.get(name)
         if name in self._adopting or (connected is not None and not connected.abandoned):
             return False
-        held: _Held | None = None
+        held: Held | None = None
         self._adopting.add(name)
         try:
             async with asyncio.timeout(ADOPT_TIMEOUT_S):
@@ -367,9 +313,9 @@ class ShimAdapter:
     async def _swept_by(self, work: Callable[..., _T], *args: Any) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._sweepers, work, *args)
 
-    async def expire(self, before_ms: int, living: Collection[str]) -> int:
-        """Remove directories of attempts that ended before `before_ms` (wall) and are durable at the plane."""
-        return await self.do(expire, self.settings.state_dir, before_ms, living)
+    async def expire(self, before_ms: int) -> None:
+        """Forget fences that were raised before `before_ms` (wall) and hold nobody back."""
+        await self.do(expire_fences, self.settings.state_dir, before_ms)
 
     # --- for tools ----------------------------------------------------------------------------------------------
 

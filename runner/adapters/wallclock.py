@@ -1,4 +1,4 @@
-"""Wall time for a person's tools, which show ages and decide nothing by them; without the imports that the daemon's clocks need."""
+"""Time for a person's tools and for the log, which decide nothing by it; without the imports that the daemon's clocks need."""
 
 import time
 
@@ -6,3 +6,8 @@ import time
 def wall_ms() -> int:
     """Milliseconds since 1970."""
     return time.time_ns() // 1_000_000
+
+
+def boot_ms() -> int:
+    """Milliseconds since the machine started, sleep included."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000

@@ -13,6 +13,7 @@ from protocol.commands import (
     STREAM_OF,
     Args,
     Command,
+    ExecutionSignal,
     ExecutionStart,
     Kind,
     LeaseAcquire,
@@ -71,8 +72,8 @@ def refuse_header(header: Command, keyset: Keyset, policy: Policy, plane_ms: int
 
 
 def _right(kind: str) -> str:
-    """The kind whose admission covers `kind`: who may start may keep what was started alive."""
-    return Kind.EXECUTION_START if kind == Kind.LEASE_ACQUIRE else kind
+    """The kind whose admission covers `kind`: who may start may keep what was started alive, and signal it."""
+    return Kind.EXECUTION_START if kind in (Kind.LEASE_ACQUIRE, Kind.EXECUTION_SIGNAL) else kind
 
 
 def refuse_args(header: Command, args: Args, policy: Policy, living: int) -> Refusal | None:
@@ -80,6 +81,9 @@ def refuse_args(header: Command, args: Args, policy: Policy, living: int) -> Ref
     match args:
         case ExecutionStart():
             return _refuse_start(header, args, policy, living)
+        case ExecutionSignal():
+            allowed = args.signal in policy.signals
+            return None if allowed else Refusal(Reason.POLICY_DENIED, "the owner's policy does not admit this signal")
         case LeaseAcquire():
             return _refuse_lease(header, lease_resource(args.execution_id), 1)
         case WorktreeRemove():
@@ -161,6 +165,10 @@ def attempt_plan(header: Command, start: ExecutionStart, policy: Policy, base: M
         roots=policy.roots,
         token=header.lease.token if header.lease else start.start_token,
         outlive=policy.outlive,
+        idle_ms=start.idle_timeout_ms,
+        overflow=start.overflow,
+        input_key=None if start.stdin is None else start.stdin.key,
+        events=start.events,
     )
 
 

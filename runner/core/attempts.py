@@ -264,6 +264,7 @@ class Attempts:
             Offer((item,)),
             CollectAttempt(row.attempt),
             Note("attempt.settled", {"attempt": row.attempt.name}),
+            *self._engine.signals.ended(row.attempt, now),
             *self._engine.free(row.digest, now),
         ]
 

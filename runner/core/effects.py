@@ -87,6 +87,16 @@ class StopAttempt:
 
 
 @dataclass(frozen=True, slots=True)
+class SignalAttempt:
+    """Send a signal to its child, or to its whole `tree`; `id` is obeyed once (`AttemptSignalled`)."""
+
+    attempt: Attempt
+    id: bytes
+    signal: str
+    tree: bool
+
+
+@dataclass(frozen=True, slots=True)
 class PushLease:
     """Tell a shim its deadline (BOOTTIME), and see to it that the lease is renewed even if this process is starved."""
 
@@ -189,6 +199,7 @@ Effect = (
     | ReleaseAttempt
     | AbandonAttempt
     | StopAttempt
+    | SignalAttempt
     | PushLease
     | CollectAttempt
     | AdoptAttempt

@@ -17,6 +17,7 @@ from protocol.commands import (
     ArgsRefused,
     Audience,
     Command,
+    ExecutionSignal,
     ExecutionStart,
     ExecutionStop,
     LeaseAcquire,
@@ -49,6 +50,7 @@ from runner.core.inputs import (
     AttemptLost,
     AttemptNotPrepared,
     AttemptPrepared,
+    AttemptSignalled,
     EnvelopeReceived,
     HeadroomMeasured,
     Input,
@@ -75,6 +77,7 @@ from runner.core.orphans import Orphans
 from runner.core.plans import CommandRow, Observed
 from runner.core.policy import Policy
 from runner.core.rhythm import Rhythm
+from runner.core.signals import Signals
 from runner.core.statements import Statements
 from runner.core.takeback import take_back
 from runner.core.trees import Trees
@@ -116,6 +119,7 @@ class Engine:
         )
         self.claims: Final[Claims[Digest]] = Claims()
         self.attempts: Final = Attempts(self, image.attempts)
+        self.signals: Final = Signals(self)
         self.leases: Final = Leases(self)
         self.trees: Final = Trees(self, image.worktrees)
         self.gate: Final = Gate(self, image)
@@ -144,11 +148,8 @@ class Engine:
                 return self.rhythm.answered(happened, now)
             case ItemsAnswered(answers):
                 self._answered.extend(answer.out_seq for answer in answers)
-                return [
-                    Note("report.refused", {"out_seq": answer.out_seq, "reason": answer.reason})
-                    for answer in answers
-                    if not answer.stored
-                ]
+                refused = [answer for answer in answers if not answer.stored]
+                return [Note("report.refused", {"out_seq": each.out_seq, "reason": each.reason}) for each in refused]
             case AttemptPrepared():
                 return self.attempts.prepared(happened, now)
             case AttemptNotPrepared():
@@ -157,12 +158,10 @@ class Engine:
                 return self.attempts.exited(happened, now)
             case AttemptLost():
                 return self.attempts.lost(happened, now)
-            case WorktreeCreated():
-                return self.trees.created(happened, now)
-            case WorktreeRemoved():
-                return self.trees.removed(happened, now)
-            case WorktreeFailed():
-                return self.trees.failed(happened, now)
+            case AttemptSignalled():
+                return self.signals.answered(happened, now)
+            case WorktreeCreated() | WorktreeRemoved() | WorktreeFailed():
+                return self.trees.heard(happened, now)
             case OwnerStop():
                 return self.attempts.owner_stop(happened, now)
             case PolicyChanged(policy):
@@ -184,8 +183,8 @@ class Engine:
     def _machine(self, happened: Tick | Woke | HeadroomMeasured | OwnerAdmission, now: Now) -> list[Effect]:
         match happened:
             case Tick():
-                parts = (self.leases.tick, self.orphans.tick, self.gate.tick, self.rhythm.tick)
-                return [*self._answers(now), *(effect for part in parts for effect in part(now))]
+                parts = (self._answers, self.leases.tick, self.orphans.tick, self.gate.tick, self.rhythm.tick)
+                return [effect for part in parts for effect in part(now)]
             case Woke():
                 return self.rhythm.woke(happened, now)
             case HeadroomMeasured(headroom):
@@ -254,6 +253,8 @@ class Engine:
         match args:
             case ExecutionStop():
                 return self.attempts.stop(command, args, now)
+            case ExecutionSignal():
+                return self.signals.send(command, args, now)
             case LeaseRelease():
                 return self.leases.release(command, args, now)
             case LeaseAcquire():
@@ -306,7 +307,7 @@ class Engine:
     def _resume(self, digest: Digest, now: Now) -> list[Effect]:
         """A command that an earlier daemon consumed and did not receipt.
 
-        A start is judged again, as it is about to begin. What may have been half done (worktrees) is carried to its end.
+        A start is judged again, as it is about to begin. What may have been done, or half done, is carried to its end.
         """
         reopened = self.reopen(digest)
         if isinstance(reopened, Refusal):
@@ -314,6 +315,8 @@ class Engine:
         command, args = reopened
         if isinstance(args, WorktreeCreate | WorktreeRemove):
             return self._enqueue(command, args, now)
+        if isinstance(args, ExecutionSignal):
+            return self.signals.send(command, args, now, again=True)
         effects = self._judge(command, now)
         refused = self.ledger.commands[digest].receipt_seq is not None
         return effects + (self.attempts.forget_intent(digest, now) if refused else [])

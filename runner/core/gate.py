@@ -86,10 +86,15 @@ class Gate:
         return [effect for row in rows for effect in self._engine.attempts.end(row, None, f"{self._by} drain", now)]
 
 
+def disk_wanted(room: Headroom, policy: Policy) -> int:
+    """Bytes that the owner wants free for new work."""
+    return max(policy.disk_free_min, (room.disk_total or 0) * policy.disk_free_percent_min // 100)
+
+
 def shortage(room: Headroom, policy: Policy) -> tuple[Reason, str] | None:
     """What the machine has too little of for new work, by the owner's minimums; None: nothing."""
     if room.disk_free is not None:
-        wanted = max(policy.disk_free_min, (room.disk_total or 0) * policy.disk_free_percent_min // 100)
+        wanted = disk_wanted(room, policy)
         if room.disk_free < wanted:
             return Reason.DISK_LOW, f"{room.disk_free // MIB} MiB are free, {wanted // MIB} are wanted"
     if room.inodes_free is not None and room.inodes_total:

@@ -82,6 +82,15 @@ class AttemptLost:
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptSignalled:
+    """The signal `id` reached so many processes of an attempt."""
+
+    attempt: Attempt
+    id: bytes
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class ShimSilent:
     """The shim of an attempt holds its lock and does not answer."""
 
@@ -195,6 +204,7 @@ Input = (
     | AttemptNotPrepared
     | AttemptExited
     | AttemptLost
+    | AttemptSignalled
     | ShimSilent
     | OrphansFound
     | RemainsSwept

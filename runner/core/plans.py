@@ -31,6 +31,13 @@ class AttemptPlan:
     """The fencing token it runs under: its shim does not start it behind a higher fence."""
     outlive: tuple[str, ...] = ()
     """Names of processes that the owner lets live on."""
+    idle_ms: int | None = None
+    """It ends when it wrote nothing for so long."""
+    overflow: str = "discard"
+    """What happens to output beyond the spool's limit (`protocol.commands.Overflow`)."""
+    input_key: str | None = None
+    """Who may write to its stdin; None: nobody, there is none."""
+    events: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +141,29 @@ class ExitRecord:
     remains: tuple["ProcessLeft", ...] = ()
     outlived: tuple["ProcessLeft", ...] = ()
     tiers: tuple[str, ...] = ()
+    dropped: "DroppedMiddle | None" = None
+    uploaded: "UploadedCopy | None" = None
+    """What of its log goes up is not what it wrote: secrets are masked. Not the shim's word, but ours."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadedCopy:
+    """The copy of a log that goes up, where bytes of it were masked (`protocol.receipt.Uploaded`)."""
+
+    redactor: str
+    streams: Mapping[str, tuple[int, str]]
+    """Bytes and SHA-256 (hex) by stream name; empty: not known any more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DroppedMiddle:
+    """What of a log made room for its newest (`protocol.receipt.Dropped`)."""
+
+    start: int
+    end: int
+    segments: int
+    before: str
+    last: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,8 @@ class Policy:
     """Of the file's bytes; of nothing when there is no readable file."""
     kinds: frozenset[str] = frozenset()
     """Kinds that are admitted; kinds of the safety stream always are."""
+    signals: frozenset[str] = frozenset()
+    """Signals that a command may send to what it started."""
     roots: tuple[str, ...] = ()
     """Directories that hold what commands may use: working directories and repositories. Real paths."""
     env_allow: tuple[str, ...] = ()

@@ -9,11 +9,24 @@ from protocol.events import Event
 from protocol.keys import PrivateKey
 from protocol.limits import DETAIL_CHARS_MAX
 from protocol.messages import ItemKind, ReportItem
-from protocol.receipt import Cause, LogEnd, Outcome, Process, Receipt, Settlement, StreamDigest, Sweep, Usage, Verdict
+from protocol.receipt import (
+    Cause,
+    Dropped,
+    LogEnd,
+    Outcome,
+    Process,
+    Receipt,
+    Settlement,
+    StreamDigest,
+    Sweep,
+    Uploaded,
+    Usage,
+    Verdict,
+)
 from protocol.wire import JsonObject
 from runner.core.inputs import Now
 from runner.core.journaling import SUPERSEDED_BY, AttemptRow
-from runner.core.plans import CommandRow, ExitRecord, ProcessLeft, Swept
+from runner.core.plans import CommandRow, ExitRecord, ProcessLeft, Swept, UploadedCopy
 
 NAME_CHARS_MAX: Final = 64
 STATE_CHARS_MAX: Final = 8
@@ -85,7 +98,7 @@ class Statements:
             streams={
                 name: StreamDigest(bytes=size, sha256=digest) for name, (size, digest) in exit_record.streams.items()
             },
-            log=LogEnd(end=exit_record.log_end, segments=exit_record.log_segments, chain=exit_record.log_chain),
+            log=_log_end(exit_record),
             drain=exit_record.drain,
             swept=[Sweep(tier=tier, signal=number, count=count) for tier, number, count in exit_record.swept],
             survivors=exit_record.survivors,
@@ -148,6 +161,27 @@ def _was_fenced(attempt: AttemptRow, exit_record: ExitRecord) -> bool:
         return True
     stopped_for_it = exit_record.cause_kind == "stop" and exit_record.cause_by.startswith(SUPERSEDED_BY)
     return attempt.fenced_by is not None and exit_record.verdict == Verdict.STOPPED and stopped_for_it
+
+
+def _log_end(exit_record: ExitRecord) -> LogEnd:
+    gone = exit_record.dropped
+    dropped = None
+    if gone is not None:
+        dropped = Dropped(start=gone.start, end=gone.end, segments=gone.segments, before=gone.before, last=gone.last)
+    return LogEnd(
+        end=exit_record.log_end,
+        segments=exit_record.log_segments,
+        chain=exit_record.log_chain,
+        dropped=dropped,
+        uploaded=_uploaded(exit_record.uploaded),
+    )
+
+
+def _uploaded(copy: UploadedCopy | None) -> Uploaded | None:
+    if copy is None:
+        return None
+    streams = {name: StreamDigest(bytes=size, sha256=digest) for name, (size, digest) in copy.streams.items()}
+    return Uploaded(redactor=copy.redactor, streams=streams)
 
 
 def _cause(exit_record: ExitRecord, *, fenced: bool) -> Cause:

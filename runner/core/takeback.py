@@ -146,3 +146,14 @@ def _start_again(engine: "Engine", row: AttemptRow, now: Now) -> list[Effect]:
     engine.attempts.put(row)
     # Durable before its directory is cleared: PREPARED beside an empty one would be no proof that nothing ran.
     return [Persist((PutAttempt(row, now.wall_ms),)), *engine.attempts.begin(command, start, now)]
+
+
+def sealed_secrets(engine: "Engine", attempt: Attempt) -> dict[str, str] | None:
+    """The sealed secrets of an attempt's command by name; None when the command is not known or does not open any more."""
+    row = engine.attempts.rows.get(attempt)
+    if row is None or row.digest not in engine.ledger.commands:
+        return None
+    reopened = engine.reopen(row.digest)
+    if isinstance(reopened, Refusal) or not isinstance(reopened[1], ExecutionStart):
+        return None
+    return {secret.name: secret.sealed for secret in reopened[1].secrets}

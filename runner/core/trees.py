@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, assert_never
 
 from protocol.commands import Args, Command, WorktreeCreate, WorktreeRemove
 from protocol.envelope import Verified
@@ -77,7 +77,19 @@ class Trees:
         self._removing[command.digest] = args.worktree_id
         return [RemoveWorktree(removal_plan(command.value, args), command.digest)]
 
-    def created(self, created: WorktreeCreated, now: Now) -> list[Effect]:
+    def heard(self, happened: WorktreeCreated | WorktreeRemoved | WorktreeFailed, now: Now) -> list[Effect]:
+        """What became of the effect of a command."""
+        match happened:
+            case WorktreeCreated():
+                return self._created(happened, now)
+            case WorktreeRemoved():
+                return self._removed(happened, now)
+            case WorktreeFailed():
+                return self._failed(happened, now)
+            case _:
+                assert_never(happened)
+
+    def _created(self, created: WorktreeCreated, now: Now) -> list[Effect]:
         """The effect is there, and verified."""
         row = self._row_of(created.digest)
         made = replace(row, made=created.made)
@@ -95,7 +107,7 @@ class Trees:
             *self._engine.free(created.digest, now),
         ]
 
-    def removed(self, removed: WorktreeRemoved, now: Now) -> list[Effect]:
+    def _removed(self, removed: WorktreeRemoved, now: Now) -> list[Effect]:
         """It is gone."""
         worktree_id = self._removing.pop(removed.digest)
         self.rows.pop(worktree_id, None)
@@ -112,7 +124,7 @@ class Trees:
             *self._engine.free(removed.digest, now),
         ]
 
-    def failed(self, failed: WorktreeFailed, now: Now) -> list[Effect]:
+    def _failed(self, failed: WorktreeFailed, now: Now) -> list[Effect]:
         """It was refused at the edge, or could not be done; nothing of it is left."""
         forget: list[Effect] = []
         if self._removing.pop(failed.digest, None) is None:

@@ -148,6 +148,8 @@ class Log:
     def limit(self, spool_bytes: int) -> None:
         """Keep no more than this from now on; what is there above it goes when the next record needs room."""
         self._spool_bytes = min(self._spool_bytes, spool_bytes)
+        self._head_bytes = min(self._head_bytes, self._spool_bytes // 2)
+        self._heads = sum(base < self._head_bytes for base, _size, _digest in self._sealed)
 
     def finish(self, payload: bytes, unix_ns: int) -> None:
         """Write the exit record, whatever limit and floor say, and seal the log."""

@@ -1,6 +1,6 @@
-"""`runner logs`: what an execution said, from its files."""
+"""`runner logs`: what an execution said, from its files, and whether they are still what it said."""
 
-import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -8,72 +8,105 @@ import click
 from protocol.errors import RemoteError
 from runner.render import complain
 from runner.verbs.options import ExitCode, settings_of
-from terminal.options import SIZE
-from terminal.printing import log_text, write_piece
+from terminal.logs import LogPrinter, LogRequest, log_options, print_proof, read_request
 
 
 @click.command(short_help="Print what an execution wrote.")
-@click.argument("wanted", metavar="ID")
-@click.option("--follow", "-f", is_flag=True, help="Go on until it has ended.")
-@click.option(
-    "--offset", type=SIZE, default=0, metavar="BYTES", help="Begin at the record that holds this offset of the log."
-)
-@click.option("--raw", is_flag=True, help="Send control characters to the terminal as they are.")
+@click.argument("wanted", metavar="[ID]", required=False)
+@click.option("--daemon", "of_daemon", is_flag=True, help="The daemon's own log; with -f, --tail and --json only.")
+@log_options
 @click.pass_context
-def logs(ctx: click.Context, wanted: str, follow: bool, offset: int, raw: bool) -> None:
+def logs(ctx: click.Context, /, wanted: str | None, of_daemon: bool, **options: Any) -> None:
     """Print what an execution wrote: its stdout to stdout, its stderr to stderr, byte for byte.
 
     ID is an execution (its newest attempt) or an attempt. No daemon is needed. What is lost is named on stderr:
-    [gap: N bytes missing]. At a terminal control characters are shown escaped, unless --raw.
+    [gap: N bytes missing]. At a terminal control characters are shown escaped, unless --raw, and the end is told.
+
+    --tail counts the lines of both streams together, looks back 64 MiB at most, and with -f goes on from there.
+    --verify adds streams and segments up again and compares them with what was signed, or with exit.json.
 
     \b
     Examples:
       runner logs ex_01jx
-      runner logs -f ex_01jx
-      runner logs --offset 8MiB ex_01jx.1 > out 2> err
+      runner logs -f --tail 20 --timestamps ex_01jx
+      runner logs --since 10m --stream stderr ex_01jx
+      runner logs --json ex_01jx.1 | jq -r 'select(.kind == "stdout").data'
+      runner logs --export asciicast ex_01jx > ex.cast
+      runner logs --verify ex_01jx
+      runner logs --daemon -f
     """
     from runner.adapters.attemptfiles import find_attempt
-    from runner.adapters.logview import Ended, Missing, view_log
+    from runner.adapters.wallclock import wall_ms
     from runner.errors import Refused
 
+    settings = settings_of(ctx)
+    if of_daemon:
+        _refuse_others(wanted, options)
+        from runner.verbs.daemon_logs import show_daemon_log
+
+        ctx.exit(show_daemon_log(settings, follow=options["follow"], tail=options["tail"], as_json=options["as_json"]))
+    if wanted is None:
+        raise click.UsageError("an ID is missing: runner ps --all lists them (or --daemon)")
+    request = read_request(wall_ms(), **options)
     try:
-        directory = find_attempt(settings_of(ctx).state_dir, wanted)
+        directory = find_attempt(settings.state_dir, wanted)
     except Refused as exc:
         complain(str(exc), "runner ps --all")
         ctx.exit(ExitCode.INTERNAL)
-    text = log_text(raw=raw)
-    ended: Ended | None = None
+    if request.verify:
+        ctx.exit(ExitCode.OK if _verify(settings.state_dir, directory, as_json=request.as_json) else ExitCode.INTERNAL)
     try:
-        for seen in view_log(directory, offset, follow=follow):
-            if isinstance(seen, Ended):
-                ended = seen
-                continue
-            pieces = text.gap(seen.start, seen.end) if isinstance(seen, Missing) else text.show(seen)
-            for piece in pieces:
-                write_piece(piece)
-        for piece in text.finish():
-            write_piece(piece)
+        _print(directory, request)
     except RemoteError as exc:
-        complain(f"the log of {directory.name} is damaged: {exc.detail}", "runner doctor")
+        complain(f"the log of {directory.name} is damaged: {exc.detail}", f"runner logs --verify {directory.name}")
         ctx.exit(ExitCode.INTERNAL)
     except KeyboardInterrupt:
         ctx.exit(130)
-    if ended is not None and sys.stderr.isatty():
-        click.echo(f"[{how_it_ended(ended.exit)}]", err=True)
 
 
-def how_it_ended(exit_record: dict[str, Any] | None) -> str:
-    """One line about the end of an attempt."""
-    if exit_record is None:
-        return "lost: its shim is gone and left no word"
-    verdict, cause = str(exit_record.get("verdict")), exit_record.get("cause")
-    words = [verdict.replace("_", " ")]
-    if exit_record.get("signal") is not None:
-        words.append(f"by signal {exit_record['signal']}")
-    elif exit_record.get("code") is not None:
-        words.append(f"with status {exit_record['code']}")
-    if isinstance(cause, dict) and cause.get("kind") not in (None, "none"):
-        words.append(f"({cause['kind']} {cause.get('reason') or cause.get('by') or ''}".rstrip() + ")")
-    from protocol.text import visible
+def _refuse_others(wanted: str | None, options: dict[str, Any]) -> None:
+    """The daemon's log has lines and nothing else of what an execution's log has."""
+    foreign = [name for name, value in options.items() if name not in ("follow", "tail", "as_json") and value]
+    if wanted is not None or foreign:
+        raise click.UsageError("--daemon goes with -f, --tail and --json, and with nothing else")
 
-    return visible(" ".join(words))
+
+def _print(directory: Path, request: LogRequest) -> None:
+    """Print what is wanted. Raises RemoteError when the log is damaged, behind what could be printed."""
+    from runner.adapters.attemptfiles import LOG_DIR
+    from runner.adapters.logview import Ended, Missing, find_start, view_log
+
+    printer = LogPrinter.of(request)
+    start = find_start(directory / LOG_DIR, request.wish)
+    printer.begin(start.cuts)
+    fate: dict[str, Any] | None = None
+    for seen in view_log(directory, start.offset, follow=request.follow):
+        if isinstance(seen, Ended):
+            fate = {"verdict": "lost"} if seen.exit is None else seen.exit
+        elif isinstance(seen, Missing):
+            printer.gap(seen.start, seen.end)
+        else:
+            printer.show(seen)
+    printer.finish(fate)
+
+
+def _verify(state_dir: Path, directory: Path, *, as_json: bool) -> bool:
+    """Prove the log and say what was found; whether all of it is proven."""
+    from protocol.logproof import claim_of, prove
+    from runner.adapters.attemptfiles import LOG_DIR, read_attempt
+    from runner.adapters.logproof import signed_word, sums_of
+
+    files = read_attempt(directory)
+    signed = signed_word(state_dir, directory.name)
+    claim = claim_of(signed or files.exit)
+    proof = prove(sums_of(directory / LOG_DIR, directory.name, claim), claim)
+    if claim is not None:
+        told = claim_of(files.exit)
+        if signed is None:
+            proof.missing.append(
+                "the signature: the journal has no settlement with it any more; compared with exit.json"
+            )
+        elif told is not None and told != claim:
+            proof.wrong.append("exit.json does not say what was signed")
+    print_proof(proof, directory.name, as_json=as_json)
+    return proof.ok

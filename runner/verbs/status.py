@@ -6,7 +6,7 @@ import click
 
 from protocol.text import show_age, show_duration, show_size
 from runner.adapters.control_client import ControlUnavailable, call_control
-from runner.render import complain, show_admission
+from runner.render import complain, show_admission, show_level
 from runner.verbs.options import CALL_TIMEOUT_S, ExitCode, settings_of, socket_of
 from terminal.options import as_json
 from terminal.printing import print_facts, print_json
@@ -67,6 +67,8 @@ def _facts(said: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if room.get("short"):
         facts.append(("headroom", f"new work is refused: {room['short']}, {room.get('detail')}"))
+    if (log := said.get("log") or {}).get("falls_back_to"):
+        facts.append(("log level", show_level(log)))
     if survivors := said.get("survivors"):
         facts.append(("survivors", f"{survivors} processes of ended attempts cannot be ended"))
     return facts
