@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from controlplane import verbs_attempt, verbs_execution, verbs_statement, verbs_worktree
+from controlplane import verbs_attempt, verbs_execution, verbs_logs, verbs_statement, verbs_worktree
 from controlplane.reach import (
     DEFAULT_URL,
     ExitCode,
@@ -203,7 +203,13 @@ def _runner(one: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-for verb in (*verbs_execution.VERBS, *verbs_attempt.VERBS, verbs_worktree.worktree, *verbs_statement.VERBS):
+for verb in (
+    *verbs_execution.VERBS,
+    *verbs_logs.VERBS,
+    *verbs_attempt.VERBS,
+    verbs_worktree.worktree,
+    *verbs_statement.VERBS,
+):
     cli.add_command(verb)
 
 

@@ -1,7 +1,6 @@
 """The REST interface of a control plane as its command line uses it: bounded waits, stable errors, idempotent posts."""
 
 import secrets
-import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
@@ -9,7 +8,8 @@ from typing import Any, Final, Self
 
 import httpx
 
-from protocol.records import Record, RecordKind, records
+from protocol.logtext import gap_of
+from protocol.records import Record, records
 
 TIMEOUT_S: Final = 15.0
 """One request and its answer on a network that works; a request that waits says for how long and gets that on top."""
@@ -17,9 +17,10 @@ WAIT_MS_MAX: Final = 30_000
 """The longest `wait_ms` a control plane takes."""
 SILENCE_S_MAX: Final = 60.0
 """A log that is followed is asked for again after this long without a byte: a connection may be dead without a word."""
+FEED_WAIT_S: Final = 20.0
+"""A control plane waits so long for a stdin to take a piece."""
 RETRY_DELAYS_S: Final = (0.1, 0.4, 1.0)
 """A request that met a broken connection is sent again after these: a control plane restarts within a second or two."""
-_GAP: Final = struct.Struct("<QQ")
 
 Json = dict[str, Any]
 
@@ -89,15 +90,35 @@ class PlaneClient:
         headers = {"Idempotency-Key": secrets.token_hex(16)}
         return self._send("POST", path, json=dict(body), headers=headers)
 
-    def log(self, execution_id: str, offset: int, *, follow: bool, attempt: int | None = None) -> Iterator[bytes]:
-        """Pieces of the log from `offset` on, with `follow` until it is complete. Raises PlaneRefused or PlaneUnreachable."""
-        params = {"offset": offset, "follow": int(follow)} | ({} if attempt is None else {"attempt": attempt})
+    def feed(self, path: str, piece: Mapping[str, Any]) -> Json:
+        """Hand over a piece of stdin and wait until it is taken. Raises PlaneRefused or PlaneUnreachable."""
+        return self._send("POST", path, json=dict(piece), timeout=TIMEOUT_S + FEED_WAIT_S)
+
+    def log(
+        self,
+        execution_id: str,
+        offset: int,
+        *,
+        follow: bool,
+        attempt: int | None = None,
+        begun: Callable[[Mapping[str, str]], None] | None = None,
+        **query: str | int | None,
+    ) -> Iterator[bytes]:
+        """Pieces of the log from `offset` on, with `follow` until it is complete.
+
+        `query` narrows where it begins; `begun` is told the headers of the answer, which say where that is.
+        Raises PlaneRefused or PlaneUnreachable.
+        """
+        given = {"offset": offset, "follow": int(follow), "attempt": attempt, **query}
+        params = {name: value for name, value in given.items() if value is not None}
         timeout = httpx.Timeout(TIMEOUT_S, read=SILENCE_S_MAX)
         try:
             with self._http.stream("GET", f"/executions/{execution_id}/log", params=params, timeout=timeout) as answer:
                 if answer.is_error:
                     answer.read()
                     raise _refusal(answer)
+                if begun is not None:
+                    begun(answer.headers)
                 yield from answer.iter_raw()
         except httpx.TransportError as exc:
             raise PlaneUnreachable(self.url, str(exc) or type(exc).__name__) from exc
@@ -139,18 +160,16 @@ class LogParser:
         self._rest = b""
 
     def feed(self, data: bytes) -> Iterator[Record]:
-        """Whole records; the offset moves as each is taken. Raises RemoteError when the bytes are no log."""
+        """Whole records at their offsets; `offset` moves as each is taken. Raises RemoteError when the bytes are no log."""
         self._rest += data
         used = 0
         try:
             for record in records(self._rest, 0):
                 used = record.end
-                if record.kind == RecordKind.GAP and len(record.payload) == _GAP.size:
-                    # Stands for a hole: it has no place of its own in the log.
-                    self.offset = _GAP.unpack(record.payload)[1]
-                else:
-                    self.offset += record.end - record.offset
-                yield record
+                at, hole = self.offset, gap_of(record)
+                # One that stands for a hole has no place of its own in the log.
+                self.offset = at + record.end - record.offset if hole is None else hole[1]
+                yield record._replace(offset=at)
         finally:
             self._rest = self._rest[used:]
 

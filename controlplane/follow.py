@@ -8,13 +8,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Final
 
 from controlplane.client import WAIT_MS_MAX, Json, LogParser, PlaneClient, PlaneRefused, PlaneUnreachable
-from protocol.logtext import LogText, Piece
+from protocol.errors import Reason, RemoteError
+from protocol.logselect import CUTS_HEADER, START_HEADER, Wish, read_cuts
+from protocol.logtext import Piece, View
+from protocol.records import Record
+from terminal.logs import LogPrinter
 
 RECONNECT_S_MAX: Final = 120.0
 """Without a control plane for this long a follower leaves; what it follows goes on."""
@@ -30,43 +34,96 @@ def follow_log(
     client: PlaneClient,
     execution_id: str,
     offset: int,
-    text: LogText,
+    text: View,
     write: Callable[[Piece], None],
     attempt: int | None = None,
 ) -> None:
     """Print the log from `offset` until it is complete. Raises PlaneRefused, PlaneUnreachable or RemoteError."""
-    parser = LogParser(offset)
-    patience = Patience()
-    while True:
-        try:
-            for data in client.log(execution_id, parser.offset, follow=True, attempt=attempt):
-                patience.renew()
-                _print(parser, data, text, write)
-            if _is_complete(client, execution_id, parser.offset, attempt):
-                break
-        except PlaneUnreachable as exc:
-            patience.spend(exc)
-        else:
-            patience.pause()
-        parser.begin_again()
+
+    def show(record: Record) -> None:
+        for piece in text.show(record):
+            write(piece)
+
+    read_log(client, execution_id, LogParser(offset), show, follow=True, attempt=attempt)
     for piece in text.finish():
         write(piece)
 
 
 def print_log(
+    client: PlaneClient, execution_id: str, wish: Wish, printer: LogPrinter, *, follow: bool, attempt: int | None = None
+) -> None:
+    """Print what is wished for of the log, with `follow` until it is complete, and how it ended.
+
+    Raises PlaneRefused, PlaneUnreachable or RemoteError.
+    """
+    parser = LogParser()
+
+    def begun(headers: Mapping[str, str]) -> None:
+        start, cuts = headers.get(START_HEADER), headers.get(CUTS_HEADER, "")
+        try:
+            parser.offset = 0 if start is None else int(start)
+            printer.begin(read_cuts(cuts))
+        except ValueError as exc:
+            raise RemoteError(Reason.BAD_FRAME, "the control plane does not say where the log begins") from exc
+
+    since_ms = None if wish.since_ns is None else wish.since_ns // 1_000_000
+    query = {
+        "near": wish.offset or None,
+        "tail": wish.tail,
+        "since_ms": since_ms,
+        "stream": None if wish.stream is None else wish.stream.word,
+    }
+    found = read_log(
+        client, execution_id, parser, printer.show, follow=follow, attempt=attempt, begun=begun, query=query
+    )
+    log, over = found["log"], found["state"] in FINAL_STATES
+    closed = over and parser.offset >= int(log["end"])
+    if closed and log["short_bytes"]:
+        printer.gap(int(log["end"]), int(log["end"]) + int(log["short_bytes"]))
+    printer.finish(_fate(found) if closed and (log["complete"] or _has_no_end(found) or log["short_bytes"]) else None)
+
+
+def read_log(
     client: PlaneClient,
     execution_id: str,
-    offset: int,
-    text: LogText,
-    write: Callable[[Piece], None],
+    parser: LogParser,
+    show: Callable[[Record], None],
+    *,
+    follow: bool,
     attempt: int | None = None,
-) -> None:
-    """Print what there is of the log from `offset` on. Raises PlaneRefused, PlaneUnreachable or RemoteError."""
-    parser = LogParser(offset)
-    for data in client.log(execution_id, offset, follow=False, attempt=attempt):
-        _print(parser, data, text, write)
-    for piece in text.finish():
-        write(piece)
+    begun: Callable[[Mapping[str, str]], None] | None = None,
+    query: Mapping[str, str | int | None] = MappingProxyType({}),
+) -> Json:
+    """Read the log from where `parser` is, or from where `query` says; gives the attempt as it was found then.
+
+    Raises PlaneRefused, PlaneUnreachable or RemoteError.
+    """
+    patience = Patience()
+    first = dict(query)
+
+    def located(headers: Mapping[str, str]) -> None:
+        # Asked for once: what comes after a broken connection goes on from the offset that was reached.
+        if begun is not None and first:
+            begun(headers)
+        first.clear()
+
+    while True:
+        try:
+            pieces = client.log(execution_id, parser.offset, follow=follow, attempt=attempt, begun=located, **first)
+            for data in pieces:
+                patience.renew()
+                for record in parser.feed(data):
+                    show(record)
+            found = attempt_of(client, client.get(f"/executions/{execution_id}"), attempt)
+            if not follow or _is_complete(found, parser.offset):
+                return found
+        except PlaneUnreachable as exc:
+            if not follow:
+                raise
+            patience.spend(exc)
+        else:
+            patience.pause()
+        parser.begin_again()
 
 
 def wait_for_end(client: PlaneClient, execution_id: str, attempt: int | None = None) -> Json:
@@ -85,12 +142,12 @@ def wait_for_end(client: PlaneClient, execution_id: str, attempt: int | None = N
             continue
         patience.renew()
         if attempt is not None and found["start_token"] != attempt:
-            return _attempt(client, found, attempt)
+            return attempt_of(client, found, attempt)
         if found["state"] in FINAL_STATES:
             return found
 
 
-def _attempt(client: PlaneClient, found: Json, attempt: int | None) -> Json:
+def attempt_of(client: PlaneClient, found: Json, attempt: int | None) -> Json:
     """The attempt with this token of an execution that was `found`; without one the current."""
     if attempt is None or found["start_token"] == attempt:
         return found
@@ -98,18 +155,24 @@ def _attempt(client: PlaneClient, found: Json, attempt: int | None) -> Json:
     return next(one for one in every if one["start_token"] == attempt)
 
 
-def _print(parser: LogParser, data: bytes, text: LogText, write: Callable[[Piece], None]) -> None:
-    for record in parser.feed(data):
-        for piece in text.show(record):
-            write(piece)
-
-
-def _is_complete(client: PlaneClient, execution_id: str, offset: int, attempt: int | None) -> bool:
-    found = _attempt(client, client.get(f"/executions/{execution_id}"), attempt)
-    log, settlement = found["log"], found["settlement"] or {}
-    if found["state"] in FINAL_STATES and settlement.get("log") is None:
+def _is_complete(found: Json, offset: int) -> bool:
+    log = found["log"]
+    if found["state"] in FINAL_STATES and _has_no_end(found):
         return True  # refused, cancelled, never started or lost: nobody will say where the log ends
-    return bool(log["complete"]) and offset >= int(log["end"])
+    return bool(log["complete"] or log.get("short_bytes")) and offset >= int(log["end"])
+
+
+def _has_no_end(found: Json) -> bool:
+    return (found["settlement"] or {}).get("log") is None
+
+
+def _fate(found: Json) -> Json:
+    """How it ended: what was signed, or as much as is known where nothing will be."""
+    if found["settlement"] is not None:
+        settlement: Json = found["settlement"]
+        return settlement
+    cause = None if found["reason"] is None else {"kind": found["reason"]}
+    return {"verdict": found["verdict"] or found["state"], "cause": cause}
 
 
 class Patience:

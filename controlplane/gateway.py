@@ -28,12 +28,14 @@ from protocol.limits import HANDSHAKE_TIMEOUT_MS
 from protocol.messages import (
     SUBPROTOCOL,
     Beat,
+    Blocked,
     Bye,
     Enroll,
     Fetch,
     FromRunner,
     Gap,
     Hello,
+    InputFed,
     LogClosed,
     LogOpen,
     Message,
@@ -70,11 +72,13 @@ class Gateway:
         renewals: Renewals,
         clock_ms: Callable[[], int],
         entropy: Callable[[int], bytes],
+        fed: Callable[[str, InputFed], None],
     ) -> None:
         self._switchboard = switchboard
         self._renewals = renewals
         self._clock_ms = clock_ms
         self._entropy = entropy
+        self._fed = fed
         self._arrivals = itertools.count(1)
 
     async def serve(self, socket: WebSocket) -> None:
@@ -200,8 +204,12 @@ class Gateway:
                 await self._switchboard.refused(session, message)
             case LogOpen():
                 session.channels.open(message)
+            case Blocked():
+                session.channels.blocked(message)
             case Gap():
                 session.channels.gap(message)
+            case InputFed():
+                self._fed(session.runner_id, message)
             case LogClosed():
                 session.channels.closed(message)
             case Bye():

@@ -15,9 +15,8 @@ import anyio
 import anyio.to_thread
 import structlog
 
-from controlplane import hearing, logread, store, told, views
+from controlplane import hearing, logread, logseek, store, told, views
 from controlplane.database import Database
-from controlplane.desk import Desk
 from controlplane.errors import Fault, RequestRefused, StoreFailed
 from controlplane.gateway import Gateway
 from controlplane.keys import lock_directory, open_keys
@@ -25,10 +24,13 @@ from controlplane.ledger import Clock, Entropy, Ledger
 from controlplane.limits import EXPIRY_SWEEP_MS, KEYSET_CHECK_MS, LAST_SEEN_FLUSH_MS
 from controlplane.renewals import Renewals
 from controlplane.rows import RunnerRow
+from controlplane.running import Running
 from protocol.errors import CloseCode, Reason
 from protocol.groups import ungrouped
 from protocol.keys import PublicKey
 from protocol.limits import BEAT_INTERVAL_MS
+from protocol.logproof import claim_of
+from protocol.logselect import Start, Wish
 from protocol.wire import JsonObject
 
 DATABASE_FILE: Final = "control.db"
@@ -46,13 +48,13 @@ def boottime_ms() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
 
 
-class ControlPlane(Desk):
+class ControlPlane(Running):
     """A control plane that is open. Made by `open` alone."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__(ledger)
         renewals = Renewals(ledger, self.switchboard.beats)
-        self.gateway: Final = Gateway(self.switchboard, renewals, ledger.clock, ledger.entropy)
+        self.gateway: Final = Gateway(self.switchboard, renewals, ledger.clock, ledger.entropy, self.fed)
 
     @classmethod
     @asynccontextmanager
@@ -153,11 +155,12 @@ class ControlPlane(Desk):
     # --- logs ---------------------------------------------------------------------------------------------------
 
     async def read_log(
-        self, execution_id: str, offset: int, *, follow: bool, start_token: int | None = None
-    ) -> tuple[int, AsyncIterator[bytes]]:
-        """The end of a log as it is now, and its records from `offset` on; `follow` goes on until it is complete.
+        self, execution_id: str, offset: int, *, follow: bool, start_token: int | None = None, wish: Wish | None = None
+    ) -> tuple[int, Start, AsyncIterator[bytes]]:
+        """The end of a log as it is now, where its records begin, and they; `follow` goes on until it is complete.
 
-        It is that of the execution's current attempt, or of the one with `start_token`.
+        It is that of the execution's current attempt, or of the one with `start_token`. It begins at `offset`, or where
+        what is wished for does.
 
         Raises:
             RequestRefused: UNKNOWN_EXECUTION, UNKNOWN_ATTEMPT, or BAD_OFFSET where no record begins.
@@ -166,8 +169,12 @@ class ControlPlane(Desk):
         logs, attempt = self._ledger.logs, row.attempt.name
         log = logs.acquire(attempt, row.runner_id)
         try:
-            end = log.end
-            if offset > end or not await anyio.to_thread.run_sync(logread.is_boundary, log, offset):
+            end, start = log.end, Start(offset=offset)
+            if wish is not None:
+                start = await anyio.to_thread.run_sync(logseek.find_start, log.row, log.path, wish)
+            elif offset > end and follow and not log.complete:
+                pass  # a crash took from us what a follower has already; the runner sends it again
+            elif offset > end or not await anyio.to_thread.run_sync(logread.is_boundary, log, offset):
                 raise RequestRefused(Fault.BAD_OFFSET, "no record begins at this offset")
         finally:
             logs.give_back(log)
@@ -178,31 +185,32 @@ class ControlPlane(Desk):
         async def stream() -> AsyncIterator[bytes]:
             # Acquired here: a stream that nobody begins to read must hold nothing.
             log = logs.acquire(attempt, row.runner_id)
+            log.follow(1 if follow else 0)
             try:
-                async for block in logread.read_log(log, offset, more if follow else None):
+                async for block in logread.read_log(log, start.offset, more if follow else None):
                     yield block
             finally:
+                log.follow(-1 if follow else 0)
                 logs.give_back(log)
 
-        return end, stream()
+        return end, start, stream()
 
     async def digests(self, execution_id: str, start_token: int | None = None) -> JsonObject:
-        """What the stored log adds up to. Raises RequestRefused(UNKNOWN_EXECUTION | UNKNOWN_ATTEMPT)."""
+        """What the stored log adds up to, and what of it is proven by the settlement.
+
+        Raises RequestRefused(UNKNOWN_EXECUTION | UNKNOWN_ATTEMPT).
+        """
         execution = self._attempt_row(execution_id, start_token)
         attempt = execution.attempt.name
+        settlement = None if execution.settlement is None else json.loads(execution.settlement)
+        claim = claim_of(settlement, stored=True)
         log = self._ledger.logs.acquire(attempt, execution.runner_id)
         try:
             row = log.row
-            sums = await anyio.to_thread.run_sync(logread.digests, row, log.path)
+            sums = await anyio.to_thread.run_sync(logread.digests, row, log.path, claim)
         finally:
             self._ledger.logs.give_back(log)
-        return {
-            "streams": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sums.streams.items()},
-            "log": {"end": sums.end, "segments": sums.segments, "chain": sums.chain},
-            "complete": row.complete,
-            "gaps": [list(gap) for gap in row.gaps],
-            "chain_ok": sums.chain_ok,
-        }
+        return views.digests_view(row, settlement, sums, claim)
 
     def _log_grows(self, execution_id: str, start_token: int) -> bool:
         """Whether more of a log may come: not for what never ran, nor for what settled without one."""

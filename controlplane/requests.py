@@ -1,7 +1,7 @@
 """What may be asked over REST: closed models that become the arguments of commands. Pure."""
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -12,9 +12,12 @@ from protocol.commands import (
     EnvName,
     EnvValue,
     ExecutionStart,
+    InputKey,
     OnLoss,
+    Overflow,
     PathCwd,
     SealedSecret,
+    SignalName,
     WorktreeCwd,
 )
 from protocol.identity import Labels
@@ -23,6 +26,8 @@ from protocol.limits import (
     ARGV_ITEMS_MAX,
     ENV_ITEMS_MAX,
     GRACE_MS_MAX,
+    INPUT_PIECE_BYTES_MAX,
+    JSON_INT_MAX,
     PAYLOAD_BYTES_MAX,
     SECRETS_ITEMS_MAX,
     TIMEOUT_MS_MAX,
@@ -52,6 +57,10 @@ class ExecutionRequest(Closed):
     timeout_ms: Annotated[int, Field(ge=1, le=TIMEOUT_MS_MAX)] | None = None
     grace_ms: GraceMs | None = None
     on_loss: OnLoss = OnLoss.CONTINUE
+    idle_timeout_ms: Annotated[int, Field(ge=1, le=TIMEOUT_MS_MAX)] | None = None
+    overflow: Overflow = Overflow.HEAD_TAIL
+    stdin: InputKey | None = None
+    events: bool = False
 
     @model_validator(mode="after")
     def _somewhere(self) -> "ExecutionRequest":
@@ -70,8 +79,34 @@ class StopRequest(Closed):
     start_token: Positive | None = None
 
 
+class SignalRequest(Closed):
+    """Send a signal to an attempt that runs; without `start_token` to the current one."""
+
+    signal: SignalName
+    to: Literal["child", "tree"] = "child"
+    start_token: Positive | None = None
+
+
+class InputRequest(Closed):
+    """A piece of an attempt's stdin, signed by whoever started it (`protocol.stdin`)."""
+
+    offset: Annotated[int, Field(ge=0, le=JSON_INT_MAX)]
+    data: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]*={0,2}$", max_length=(INPUT_PIECE_BYTES_MAX + 2) // 3 * 4)]
+    end: bool = False
+    sig: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{86}$")]
+    start_token: Positive | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the piece."""
+        return len(self.data) // 4 * 3 - self.data.count("=")
+
+
 class RerunRequest(Closed):
-    """Run an execution once more, on its runner or another one; its secrets were not kept and are wanted again."""
+    """Run an execution once more, on its runner or another one; its secrets were not kept and are wanted again.
+
+    It has no stdin: whoever wrote to the first attempt's is gone.
+    """
 
     runner: Id | None = None
     secrets: Annotated[dict[EnvName, Text], Field(max_length=SECRETS_ITEMS_MAX, repr=False)] = {}
@@ -114,6 +149,10 @@ def start_of(request: ExecutionRequest, runner_id: str, seal_x: str, attempt: At
             secrets=_sealed(request.secrets, runner_id, seal_x, attempt),
             timeout_ms=request.timeout_ms,
             grace_ms=request.grace_ms,
+            idle_timeout_ms=request.idle_timeout_ms,
+            overflow=request.overflow,
+            stdin=request.stdin,
+            events=request.events,
         )
     except ValidationError as exc:
         raise RequestRefused(Fault.BAD_REQUEST, first_error(exc)) from None
@@ -134,7 +173,11 @@ def start_again(
         said = f"it wants the values of these again: {', '.join(wanted)}" if wanted else "it has no secrets"
         raise RequestRefused(Fault.SECRETS_WANTED, said)
     return start.model_copy(
-        update={"start_token": attempt.start_token, "secrets": _sealed(secrets, runner_id, seal_x, attempt)}
+        update={
+            "start_token": attempt.start_token,
+            "secrets": _sealed(secrets, runner_id, seal_x, attempt),
+            "stdin": None,
+        }
     )
 
 

@@ -5,10 +5,10 @@ Rule 3: an error names a reason, at most the name of a field, and never repeats 
 """
 
 from collections.abc import Callable, Coroutine
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import structlog
-from fastapi import FastAPI, Path, Query, Request
+from fastapi import Depends, FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
@@ -20,9 +20,11 @@ from controlplane.limits import BODY_BYTES_MAX, IDEMPOTENCY_KEY_CHARS_MAX, LIST_
 from controlplane.plane import ControlPlane
 from controlplane.requests import (
     ExecutionRequest,
+    InputRequest,
     JoinRequest,
     RemoveRequest,
     RerunRequest,
+    SignalRequest,
     StopRequest,
     WorktreeRequest,
 )
@@ -30,11 +32,14 @@ from controlplane.rows import ExecutionState
 from controlplane.store import Idempotency, Reply
 from protocol.ids import ID_PATTERN
 from protocol.limits import JSON_INT_MAX
+from protocol.logselect import CUTS_HEADER, START_HEADER, STREAM_NAMES, Wish, write_cuts
 from protocol.wire import Closed
 
 VERSION: Final = "0.1.0"
 HEALTH: Final = "/v1/health"
 OCTETS: Final = "application/octet-stream"
+MOMENT_MS_MAX: Final = 2**63 // 1_000_000
+"""The latest time that the clock of a log can say, in ms."""
 _BEARER: Final = b"bearer "
 _log = structlog.get_logger("controlplane.rest")
 
@@ -45,6 +50,22 @@ WaitMs = Annotated[int, Query(ge=0, le=WAIT_MS_MAX)]
 Offset = Annotated[int, Query(ge=0, le=JSON_INT_MAX)]
 Token = Annotated[int | None, Query(ge=1, le=JSON_INT_MAX)]
 Asked = TypeVar("Asked", bound=Closed)
+
+
+def _wish(
+    near: Annotated[int | None, Query(ge=0, le=JSON_INT_MAX)] = None,
+    tail: Annotated[int | None, Query(ge=0, le=JSON_INT_MAX)] = None,
+    since_ms: Annotated[int | None, Query(ge=0, le=MOMENT_MS_MAX)] = None,
+    stream: Annotated[Literal["stdout", "stderr"] | None, Query()] = None,
+) -> Wish | None:
+    """Where a log is to begin, when that is not an offset at which a record does: `stream` narrows whose lines `tail` counts."""
+    if near is None and tail is None and since_ms is None:
+        return None
+    since_ns = None if since_ms is None else since_ms * 1_000_000
+    return Wish(offset=near or 0, tail=tail, since_ns=since_ns, stream=None if stream is None else STREAM_NAMES[stream])
+
+
+Wished = Annotated[Wish | None, Depends(_wish)]
 Handler = Callable[[Request, Exception], Coroutine[Any, Any, Response]]
 
 
@@ -139,6 +160,20 @@ def _add_executions(app: FastAPI, plane: ControlPlane) -> None:
         wanted, asked = await _asked(request, plane, StopRequest)
         return _reply(await plane.ask_stop(execution, wanted, asked))
 
+    @app.post("/v1/executions/{execution}/signal", status_code=202)
+    async def signal(execution: Name, request: Request) -> Response:
+        wanted, asked = await _asked(request, plane, SignalRequest)
+        return _reply(await plane.ask_signal(execution, wanted, asked))
+
+    @app.get("/v1/orders/{cmd_id}")
+    async def order(cmd_id: Name, wait_ms: WaitMs = 0) -> Any:
+        return (await plane.wait_order(cmd_id, wait_ms / 1000)).model_dump()
+
+    @app.post("/v1/executions/{execution}/input")
+    async def feed(execution: Name, request: Request) -> Any:
+        # Told apart by its offset, not by a key: the same piece again is taken once.
+        return (await plane.feed(execution, _parsed(await _body(request), InputRequest))).model_dump()
+
     @app.get("/v1/executions/{execution}/attempts")
     async def attempts(execution: Name) -> Any:
         return {"attempts": [row.model_dump() for row in plane.attempts(execution)]}
@@ -150,10 +185,15 @@ def _add_executions(app: FastAPI, plane: ControlPlane) -> None:
 
     @app.get("/v1/executions/{execution}/log", response_class=StreamingResponse)
     async def log(
-        execution: Name, offset: Offset = 0, follow: Annotated[bool, Query()] = False, attempt: Token = None
+        execution: Name,
+        wish: Wished,
+        offset: Offset = 0,
+        follow: Annotated[bool, Query()] = False,
+        attempt: Token = None,
     ) -> StreamingResponse:
-        end, records = await plane.read_log(execution, offset, follow=follow, start_token=attempt)
-        return StreamingResponse(records, media_type=OCTETS, headers={"X-Log-End": str(end)})
+        end, start, records = await plane.read_log(execution, offset, follow=follow, start_token=attempt, wish=wish)
+        headers = {"X-Log-End": str(end), START_HEADER: str(start.offset), CUTS_HEADER: write_cuts(start.cuts)}
+        return StreamingResponse(records, media_type=OCTETS, headers=headers)
 
     @app.get("/v1/executions/{execution}/digests")
     async def digests(execution: Name, attempt: Token = None) -> Any:
@@ -189,11 +229,15 @@ async def _asked(request: Request, plane: ControlPlane, model: type[Asked]) -> t
             Fault.IDEMPOTENCY_KEY_MISSING, "every POST wants an Idempotency-Key of 1 to 200 characters"
         )
     body = await _body(request)
+    wanted = _parsed(body, model)
+    return wanted, Idempotency(key=key, request=plane.keys.request_digest(request.url.path.encode() + b"\0" + body))
+
+
+def _parsed(body: bytes, model: type[Asked]) -> Asked:
     try:
-        wanted = model.parse(body or b"{}", BODY_BYTES_MAX)
+        return model.parse(body or b"{}", BODY_BYTES_MAX)
     except ValueError as exc:
         raise RequestRefused(Fault.BAD_REQUEST, str(exc)[:200]) from None
-    return wanted, Idempotency(key=key, request=plane.keys.request_digest(request.url.path.encode() + b"\0" + body))
 
 
 async def _body(request: Request) -> bytes:

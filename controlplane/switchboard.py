@@ -36,7 +36,18 @@ from protocol.handshake import seal_welcome
 from protocol.identity import EnrollClaims, HelloClaims
 from protocol.ids import Attempt, KeyId
 from protocol.keys import PublicKey
-from protocol.messages import Beat, Enrolled, Fetch, ItemKind, Need, Refused, Report, Reported, ReportItem, Welcome
+from protocol.messages import (
+    Beat,
+    Enrolled,
+    Fetch,
+    ItemKind,
+    Need,
+    Refused,
+    Report,
+    Reported,
+    ReportItem,
+    Welcome,
+)
 from protocol.receipt import Receipt, Settlement, open_receipt, open_settlement
 
 _INLINE_ITEMS: Final = 4

@@ -1,12 +1,18 @@
-"""`stop` and `rerun`: an execution's end, and another attempt of it."""
+"""`stop`, `signal` and `rerun`: an execution's end, what is said to it before, and another attempt of it."""
 
 from typing import Final
 
 import click
 
-from controlplane.reach import LIVING, Reach, pass_reach, path_id, secret, without_none
+from controlplane.reach import LIVING, ExitCode, Reach, pass_reach, path_id, secret, without_none
+from controlplane.render import complain
+from protocol.commands import SignalName
 from terminal.options import DURATION, as_json
 from terminal.printing import print_json
+
+SIGNAL_WAIT_MS: Final = 15_000
+"""A runner that is there answers within milliseconds; a signal that comes later than this surprises whoever sent it."""
+_OPEN: Final = ("queued", "sent")
 
 
 @click.command(short_help="Stop an execution.")
@@ -75,4 +81,39 @@ def rerun(reach: Reach, execution_id: str, runner: str | None, secrets: tuple[st
     click.echo(f"{said['id']}: attempt {said['start_token']} on {said['runner_name']} is {said['state']}{waits}")
 
 
-VERBS: Final[tuple[click.Command, ...]] = (stop, rerun)
+@click.command(short_help="Send an execution a signal.")
+@click.argument("execution_id", metavar="ID")
+@click.argument("name", metavar="SIGNAL", type=click.Choice([each.value for each in SignalName], case_sensitive=False))
+@click.option("--tree", is_flag=True, help="To every process of it, not only to the command itself.")
+@click.option("--token", type=click.IntRange(min=1), metavar="N", help="This attempt of it [default: the current one].")
+@as_json
+@pass_reach
+def signal(reach: Reach, execution_id: str, name: str, tree: bool, token: int | None, as_json: bool) -> None:
+    """Send a signal to an execution that runs: HUP, INT, USR1, USR2 or WINCH; to end it, use stop.
+
+    It is sent once, whatever dies on the way, and waited for until its runner says whom it reached. A runner whose owner
+    does not admit the signal refuses.
+
+    \b
+    Examples:
+      runner-control signal ex_1 USR1
+      runner-control signal ex_1 INT --tree
+    """
+    body = without_none({"signal": name, "to": "tree" if tree else "child", "start_token": token})
+    with reach.client() as client:
+        said = client.post(f"/executions/{path_id(execution_id)}/signal", body)
+        if said["state"] in _OPEN:
+            said = client.get(f"/orders/{path_id(said['cmd_id'])}", wait_ms=SIGNAL_WAIT_MS)
+    if as_json:
+        print_json(said)
+    if said["outcome"] == "done":
+        reached = said["result"].get("reached", 0)
+        if not as_json:
+            click.echo(f"{execution_id}: SIG{name} reached {reached} process{'' if reached == 1 else 'es'}")
+        return
+    why = " ".join(str(part) for part in (said["reason"], said["detail"]) if part) or f"it is {said['state']}"
+    complain(f"SIG{name} for {execution_id}: {why}", f"runner-control show {execution_id}")
+    click.get_current_context().exit(ExitCode.FAILED)
+
+
+VERBS: Final[tuple[click.Command, ...]] = (stop, signal, rerun)

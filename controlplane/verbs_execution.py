@@ -1,4 +1,4 @@
-"""`exec`, `ps` and `logs`: executions, as a person at a shell wants them."""
+"""`exec` and `ps`: executions, as a person at a shell wants them."""
 
 import os
 import sys
@@ -8,10 +8,10 @@ from typing import Any, Final
 import click
 
 from controlplane.client import Json, PlaneClient, PlaneRefused, PlaneUnreachable
+from controlplane.feeder import Feeder
 from controlplane.follow import (
     Left,
     follow_log,
-    print_log,
     stop_aside,
     stop_at_interrupt,
     tell_on_stderr,
@@ -29,9 +29,10 @@ from controlplane.reach import (
     without_none,
 )
 from controlplane.render import complain, moment, print_table, try_again
+from protocol.commands import Overflow
 from protocol.errors import RemoteError
-from protocol.logtext import LogText
-from terminal.options import DURATION, SIZE, as_json
+from protocol.logevents import WithEvents
+from terminal.options import DURATION, as_json
 from terminal.printing import log_text, print_json, shell_words, write_piece
 
 LIST_MAX: Final = 500
@@ -56,11 +57,27 @@ LIST_MAX: Final = 500
 )
 @click.option("--timeout", type=DURATION, metavar="DURATION", help="End it after this long.")
 @click.option("--grace", type=DURATION, metavar="DURATION", help="Between TERM and KILL when it is stopped.")
+@click.option("--idle-timeout", type=DURATION, metavar="DURATION", help="End it when it printed nothing for this long.")
+@click.option(
+    "--overflow",
+    type=click.Choice([each.value for each in Overflow]),
+    default=Overflow.HEAD_TAIL.value,
+    show_default=True,
+    help="At the limit of its log: keep its beginning and its newest, let it wait, or keep no more.",
+)
+@click.option("--stdin", "-i", "interactive", is_flag=True, help="Pass on what comes on stdin, and its end.")
 @click.option("--detach", "-d", is_flag=True, help="Only order it, and print its id.")
 @as_json
 @click.pass_context
 def execute(
-    ctx: click.Context, /, runner: str, argv: tuple[str, ...], detach: bool, as_json: bool, **options: Any
+    ctx: click.Context,
+    /,
+    runner: str,
+    argv: tuple[str, ...],
+    interactive: bool,
+    detach: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Run a command on a runner and be it: its output, its exit status.
 
@@ -79,8 +96,10 @@ def execute(
       runner-control exec laptop --worktree wt_1 --timeout 10m -- pytest -q > out.txt
       runner-control exec laptop --cwd /tmp --secret API_TOKEN=@token.txt --env MODE=ci -- ./deploy
       runner-control exec laptop --cwd /tmp --detach -- sleep 600
+      tar c src | runner-control exec -i laptop --cwd /tmp -- tar x
     """
-    body = _body(argv, **options)
+    feeder = _feeder(interactive=interactive, detach=detach)
+    body = _body(argv, **options) | ({} if feeder is None else {"stdin": {"key": feeder.public_key}})
     reach = ctx.find_object(Reach)
     assert reach is not None, "the group makes it"
     with reach.client() as client:
@@ -91,7 +110,7 @@ def execute(
                 return
             if ordered["waits"]:
                 tell_on_stderr(f"{ordered['id']} waits: {ordered['waits']}")
-            ended = _be(client, ordered, log_text(raw=True), quiet=as_json)
+            ended = _be(client, ordered, feeder, quiet=as_json)
         except Left:
             complain("left; it goes on until it has stopped", f"runner-control logs -f {ordered['id']}")
             ctx.exit(ExitCode.INTERRUPTED)
@@ -110,6 +129,12 @@ def execute(
     ctx.exit(_status(ended))
 
 
+def _feeder(*, interactive: bool, detach: bool) -> Feeder | None:
+    if interactive and detach:
+        raise click.UsageError("--stdin and --detach: somebody has to stay and write")
+    return Feeder() if interactive else None
+
+
 def _body(
     argv: tuple[str, ...],
     *,
@@ -120,6 +145,8 @@ def _body(
     secrets: tuple[str, ...],
     timeout: int | None,
     grace: int | None,
+    idle_timeout: int | None,
+    overflow: str,
 ) -> Json:
     if (worktree is None) == (cwd is None):
         raise click.UsageError("say where: --worktree ID (a managed worktree) or --cwd DIR (a directory of the runner)")
@@ -137,16 +164,22 @@ def _body(
             "secrets": dict(map(secret, secrets)),
             "timeout_ms": timeout,
             "grace_ms": grace,
+            "idle_timeout_ms": idle_timeout,
+            "overflow": overflow,
+            "events": True,
         }
     )
 
 
-def _be(client: PlaneClient, ordered: Json, text: LogText, *, quiet: bool) -> Json:
+def _be(client: PlaneClient, ordered: Json, feeder: Feeder | None, *, quiet: bool) -> Json:
     """Follow the attempt to its end; ^C stops it. What somebody else has run again later is not ours."""
     execution_id, attempt = ordered["id"], ordered["start_token"]
+    if feeder is not None:
+        feeder.begin(client.url, client.token, ordered)
     stop = partial(stop_aside, client.url, client.token, execution_id, attempt, tell_on_stderr)
     with stop_at_interrupt(stop, tell_on_stderr):
         if not quiet:
+            text = WithEvents(log_text(raw=True), bars=sys.stderr.isatty())
             follow_log(client, execution_id, 0, text, write_piece, attempt)
         return wait_for_end(client, execution_id, attempt)
 
@@ -219,30 +252,4 @@ def _row(one: Json) -> tuple[str, ...]:
     )
 
 
-@click.command(short_help="Print what an execution wrote.")
-@click.argument("execution_id", metavar="ID")
-@click.option("--follow", "-f", is_flag=True, help="Go on until the log is complete.")
-@click.option(
-    "--offset", type=SIZE, default=0, metavar="BYTES", help="Begin at this offset of the log, where a record begins."
-)
-@click.option("--raw", is_flag=True, help="Send control characters to the terminal as they are.")
-@click.option("--attempt", type=click.IntRange(min=1), metavar="N", help="Of this attempt [default: the current one].")
-@pass_reach
-def logs(reach: Reach, execution_id: str, follow: bool, offset: int, raw: bool, attempt: int | None) -> None:
-    """Print what an execution wrote, as the control plane has it: stdout to stdout, stderr to stderr, byte for byte.
-
-    What is lost is named on stderr: [gap: N bytes missing]. At a terminal control characters are shown escaped,
-    unless --raw.
-
-    \b
-    Examples:
-      runner-control logs ex_1
-      runner-control logs -f ex_1
-      runner-control logs ex_1 > out 2> err
-    """
-    with reach.client() as client:
-        show = follow_log if follow else print_log
-        show(client, path_id(execution_id), offset, log_text(raw=raw), write_piece, attempt)
-
-
-VERBS: Final[tuple[click.Command, ...]] = (execute, ps, logs)
+VERBS: Final[tuple[click.Command, ...]] = (execute, ps)

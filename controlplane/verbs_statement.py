@@ -130,18 +130,31 @@ def _execution(found: Json) -> list[tuple[str, str]]:
 
 
 def _streams(found: Json, digests: Json) -> list[tuple[str, str]]:
-    written = (found["settlement"] or {}).get("streams") or {}
+    settlement = found["settlement"] or {}
+    written = settlement.get("streams") or {}
+    copy = (settlement.get("log") or {}).get("uploaded")
     facts = []
     for name in sorted({*written, *digests["streams"]}):
         facts.append((f"{name} written", _stream(written.get(name))))
-        same = written.get(name) == digests["streams"].get(name)
-        verdict = "" if not written else "  (the same)" if same else "  (NOT the same)"
-        facts.append((f"{name} stored", _stream(digests["streams"].get(name)) + verdict))
+        stored = digests["streams"].get(name)
+        facts.append((f"{name} stored", _stream(stored) + _likeness(name, stored, written, copy)))
     log = digests["log"]
     words = [f"{log['end']} bytes in {log['segments']} segments", "complete" if digests["complete"] else "not complete"]
-    words.append("chain proven" if digests["chain_ok"] else "chain NOT proven")
+    if copy is not None:
+        words.append(f"secrets masked ({copy['redactor']}), so the chain is that of the log on its machine")
+    else:
+        words.append("chain proven" if digests["chain_ok"] else "chain NOT proven")
     words += [f"{end - start} bytes missing at {start}" for start, end in digests["gaps"]]
     return [*facts, ("log", ", ".join(words))]
+
+
+def _likeness(name: str, stored: Json | None, written: Json, copy: Json | None) -> str:
+    """How what is stored of a stream compares with what was signed."""
+    if copy is None:
+        return "" if not written else "  (the same)" if written.get(name) == stored else "  (NOT the same)"
+    if not copy["streams"]:
+        return "  (masked; its runner could not say how it adds up)"
+    return "  (masked, as signed)" if copy["streams"].get(name) == stored else "  (masked, NOT as signed)"
 
 
 def _stream(stream: dict[str, Any] | None) -> str:

@@ -1,12 +1,23 @@
 """What the control plane shows: rows as the JSON of the REST contract. Pure."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from controlplane.rows import EventRow, ExecutionRow, ExecutionState, LogRow, RunnerRow, StatementRow, WorktreeRow
+from controlplane.rows import (
+    EventRow,
+    ExecutionRow,
+    ExecutionState,
+    IntentRow,
+    LogRow,
+    RunnerRow,
+    StatementRow,
+    WorktreeRow,
+)
+from protocol.logproof import EMPTY, Claim, Sums, prove
+from protocol.messages import InputFed
 
 JsonObject = dict[str, Any]
 
@@ -20,6 +31,9 @@ class LogView(_View):
 
     end: int = 0
     complete: bool = False
+    """Everything that the runner signed is here, or named as missing."""
+    short_bytes: int = 0
+    """How much of what was signed the runner never sent, and will not send any more."""
 
 
 class Execution(_View):
@@ -88,6 +102,30 @@ class Stop(_View):
     state: str
 
 
+class Order(_View):
+    """What was asked of a runner, and what its receipt says: `state` is queued, sent, receipted, cancelled or expired."""
+
+    cmd_id: str
+    kind: str
+    about: str
+    runner: str
+    runner_name: str
+    state: str
+    outcome: str | None = None
+    reason: str | None = None
+    detail: str = ""
+    result: JsonObject = {}
+
+
+class Fed(_View):
+    """How far an attempt's stdin is: `received` bytes are taken; `closed`: nobody reads any more, `reason` where that is why."""
+
+    received: int | None
+    """None: the runner has not told."""
+    closed: bool
+    reason: str | None
+
+
 class Runner(_View):
     """A runner as its user sees it."""
 
@@ -143,12 +181,39 @@ def execution_view(row: ExecutionRow, runner_name: str, log: LogRow | None, wait
         exit_status=row.exit_status,
         reason=row.reason,
         detail=row.detail,
-        log=LogView() if log is None else LogView(end=log.end, complete=log.complete),
+        log=log_view(log, settlement),
         lease_token=row.token,
         verdict=settlement["verdict"] if settlement is not None else row.verdict,
         waits=waits,
         retry_after_ms=None if refusal is None else _count(refusal["result"].get("retry_after_ms")),
     )
+
+
+def log_view(log: LogRow | None, settlement: JsonObject | None) -> LogView:
+    """Show how far a log has come: one that its runner closed before the end it signed is short, not complete."""
+    if log is None:
+        return LogView()
+    signed = ((settlement or {}).get("log") or {}).get("end", 0)
+    short = max(0, signed - log.end) if log.complete else 0
+    return LogView(end=log.end, complete=log.complete and not short, short_bytes=short)
+
+
+def digests_view(row: LogRow, settlement: JsonObject | None, sums: Sums, claim: Claim | None) -> JsonObject:
+    """Show what a stored log adds up to, and what of it is proven.
+
+    `chain_ok`: its segments are linked, and once it is all here the last of them is the one that was signed.
+    """
+    proof, shown = prove(sums, claim), log_view(row, settlement)
+    streams = {**dict.fromkeys(claim.streams if claim is not None else (), EMPTY), **sums.streams}
+    signed = not shown.complete or claim is None or claim.masked or sums.chain == claim.chain
+    return {
+        "streams": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in streams.items()},
+        "log": {"end": sums.end, "segments": sums.segments, "chain": sums.chain},
+        "complete": shown.complete,
+        "gaps": [list(gap) for gap in row.gaps],
+        "chain_ok": not sums.faults and signed and not shown.short_bytes,
+        "proof": {"ok": proof.ok, "proven": proof.proven, "missing": proof.missing, "wrong": proof.wrong},
+    }
 
 
 def worktree_view(row: WorktreeRow, runner_name: str, waits: str = "") -> Worktree:
@@ -201,6 +266,30 @@ def runner_view(
         unknown=[{"attempt": name, "why": why} for name, why in (unknown or {}).items()],
         conflict=None if row.conflict is None else json.loads(row.conflict),
     )
+
+
+def order_view(row: IntentRow, runner_name: str, answers: Sequence[StatementRow]) -> Order:
+    """Show an order, with the receipt that answers it."""
+    said = json.loads(answers[0].payload) if answers else {}
+    return Order(
+        cmd_id=row.cmd_id,
+        kind=row.kind,
+        about=row.subject,
+        runner=row.runner_id,
+        runner_name=runner_name,
+        state=row.state,
+        outcome=said.get("outcome"),
+        reason=said.get("reason"),
+        detail=said.get("detail", ""),
+        result=said.get("result", {}),
+    )
+
+
+def fed_view(fed: InputFed | None) -> Fed:
+    """Show how far a stdin is."""
+    if fed is None:
+        return Fed(received=None, closed=False, reason=None)
+    return Fed(received=fed.received, closed=fed.closed, reason=fed.reason)
 
 
 def statement_view(row: StatementRow) -> JsonObject:
