@@ -141,7 +141,7 @@ async def first_byte(world: World, count: int) -> dict[str, Any]:
     for _ in range(count):
         began = time.perf_counter()
         execution = await world.order("echo", "x")
-        _first, stream = await world.plane.read_log(execution.id, 0, follow=True)
+        _end, _start, stream = await world.plane.read_log(execution.id, 0, follow=True)
         async for _piece in stream:
             times.append(time.perf_counter() - began)
             break

@@ -35,7 +35,7 @@ from websockets.typing import Subprotocol
 
 from protocol.errors import RemoteError
 from protocol.frames import decode_data
-from protocol.limits import CHANNEL_WINDOW_BYTES, DATA_SLICE_BYTES_MAX
+from protocol.limits import CHANNEL_WINDOW_BYTES, CHANNEL_WINDOW_BYTES_MAX, DATA_SLICE_BYTES_MAX
 from protocol.messages import SUBPROTOCOL, Ack, LogClosed, LogOpen, Resume
 from runner.adapters import websocket
 from runner.adapters.uplink import Uplink
@@ -165,10 +165,11 @@ class Line:
         assert await self.system.output(job.execution) == {"stdout": out, "stderr": err}
         assert settlement["streams"]["stdout"] == {"bytes": len(out), "sha256": hashlib.sha256(out).hexdigest()}
         assert settlement["streams"]["stderr"] == {"bytes": len(err), "sha256": hashlib.sha256(err).hexdigest()}
-        assert ended["log"] == {"end": settlement["log"]["end"], "complete": True}
+        assert ended["log"] == {"end": settlement["log"]["end"], "complete": True, "short_bytes": 0}
         if job.name:
             digests = await self.system.get(f"/executions/{job.execution}/digests")
-            assert (digests["chain_ok"], digests["log"]) == (True, settlement["log"])
+            signed = {name: settlement["log"][name] for name in digests["log"]}
+            assert (digests["chain_ok"], digests["log"]) == (True, signed)
 
         async def told() -> Any:
             kinds = [said["kind"] for said in (await self.system.get(f"/receipts/{job.execution}"))["statements"]]
@@ -561,16 +562,16 @@ async def test_a_grant_that_comes_again_takes_nothing_back(tmp_path: Path) -> No
     uplink = an_uplink()
     uplink.track("ex_1.1", tmp_path)
     assert list(uplink.messages()) == [LogOpen(channel=0, attempt="ex_1.1", first=0)]
-    uplink.heard(Resume(channel=0, offset=0, credit=CHANNEL_WINDOW_BYTES))
+    uplink.heard(Resume(channel=0, offset=0, credit=CHANNEL_WINDOW_BYTES_MAX))
     assert starts_of(uplink) == starts
     uplink.heard(Resume(channel=0, offset=0, credit=DATA_SLICE_BYTES_MAX))
     assert starts_of(uplink, 2) == starts[:2]
-    uplink.heard(Ack(channel=0, offset=starts[7], credit=CHANNEL_WINDOW_BYTES))
+    uplink.heard(Ack(channel=0, offset=starts[7], credit=CHANNEL_WINDOW_BYTES_MAX))
     assert starts_of(uplink) == starts[7:]
     uplink.heard(Resume(channel=0, offset=0, credit=DATA_SLICE_BYTES_MAX))
     assert starts_of(uplink) == []
     with pytest.raises(RemoteError):
-        uplink.heard(Ack(channel=0, offset=spool.end + 1, credit=CHANNEL_WINDOW_BYTES))
+        uplink.heard(Ack(channel=0, offset=spool.end + 1, credit=CHANNEL_WINDOW_BYTES_MAX))
     uplink.close()
 
 

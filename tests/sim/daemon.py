@@ -6,6 +6,7 @@ It may die at any site: a commit, an effect, a frame, a step of its hands. What 
 import traceback
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -15,6 +16,7 @@ from protocol.handshake import Standing
 from protocol.keys import PrivateKey, b64url
 from protocol.keyset import Root
 from protocol.messages import Message
+from runner.adapters.inlet import Inlet
 from runner.adapters.wake import WakeWatch
 from runner.core.effects import Effect
 from runner.core.engine import Engine, EngineIdentity
@@ -169,6 +171,7 @@ class Daemon:
         engine = self.engine = WatchedEngine(identity, self._policy, {"PATH": "/bin"}, image)
         engine.watch = self._stepped
         self.link = Link(
+            inlet=Inlet(Path("/nowhere"), feed=lambda *_: False, say=lambda _fed: None),
             url="ws://plane",
             proxy=None,
             standing=self._standing,

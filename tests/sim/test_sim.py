@@ -15,7 +15,7 @@ from tests.sim.timeline import HELD, SECOND_US, Owner, timeline
 from tests.sim.world import World
 
 HERE = Path(__file__).parent
-WORLDS = 200
+WORLDS = 150
 """Of the short kind: some seconds of chaos each, and then rest."""
 
 

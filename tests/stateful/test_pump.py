@@ -184,5 +184,5 @@ def same(image: Image) -> Image:
     )
 
 
-PumpMachine.TestCase.settings = settings(EngineMachine.TestCase.settings, max_examples=40, stateful_step_count=40)
+PumpMachine.TestCase.settings = settings(EngineMachine.TestCase.settings, max_examples=30, stateful_step_count=40)
 TestPump = pytest.mark.slow(PumpMachine.TestCase)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from protocol.records import NO_SEGMENT, RecordKind, SegmentHeader, encode_record, encode_segment_header
+from protocol.records import NO_SEGMENT, RecordKind, SegmentHeader, encode_record, encode_segment_header, records
 
 
 class AttemptDir:
@@ -32,16 +32,16 @@ class AttemptDir:
         prepared.write_text(json.dumps({"v": 1, **fields}))
         prepared.replace(self.path / file)
 
-    def roll(self, *, skip: int = 0) -> None:
+    def roll(self, *, skip: int = 0, unix_ns: int = 1) -> None:
         """Begin the next segment; `skip` leaves a hole before it."""
         previous = hashlib.sha256(self._segment).digest() if self._segment else NO_SEGMENT
         self.end += skip
         self._base, self._segment = self.end, bytearray()
-        self.add(RecordKind.SEGMENT, encode_segment_header(SegmentHeader(self._base, previous, self.name)))
+        self.add(RecordKind.SEGMENT, encode_segment_header(SegmentHeader(self._base, previous, self.name)), unix_ns)
 
-    def add(self, kind: int, payload: bytes) -> None:
+    def add(self, kind: int, payload: bytes, unix_ns: int = 1) -> None:
         """One record."""
-        self.append(encode_record(kind, payload, 1))
+        self.append(encode_record(kind, payload, unix_ns))
 
     def append(self, data: bytes) -> None:
         """Bytes, a whole record or a part of one."""
@@ -60,6 +60,20 @@ class AttemptDir:
         """The exit record."""
         ended = {"verdict": verdict, "code": code, "signal": None, "cause": {"kind": "none"}, "ended_ns": 2 * 10**18}
         self.put("exit.json", {**ended, "log": {"end": self.end, "segments": 1, "chain": ""}, **over})
+
+    def seal(self, **over: Any) -> None:
+        """The exit record, with the digests of what was written."""
+        segments = sorted((self.path / "log").iterdir())
+        output: dict[str, bytes] = {"stdout": b"", "stderr": b""}
+        for path in segments:
+            for record in records(path.read_bytes(), int(path.stem, 16)):
+                if record.kind in (RecordKind.STDOUT, RecordKind.STDERR):
+                    output[RecordKind(record.kind).name.lower()] += record.payload
+        streams = {
+            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in output.items()
+        }
+        chain = hashlib.sha256(segments[-1].read_bytes()).hexdigest()
+        self.finish(streams=streams, log={"end": self.end, "segments": len(segments), "chain": chain}, **over)
 
     @contextmanager
     def held(self) -> Iterator[None]:

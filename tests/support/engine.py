@@ -85,6 +85,7 @@ def a_policy(**over: Any) -> Policy:
         "roots": ("/srv/work", "/srv/repos"),
         "env_allow": ("CI", "APP_*"),
         "concurrent_max": 8,
+        "signals": frozenset({"HUP", "USR1"}),
         "grace_ms_max": 60_000,
     }
     return Policy(**(fields | over))

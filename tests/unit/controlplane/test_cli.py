@@ -547,6 +547,7 @@ def test_a_log_is_cut_into_records_however_it_comes() -> None:
     parser = LogParser()
     records = [record for at in range(len(data)) for record in parser.feed(data[at : at + 1])]
     assert [(record.kind, record.payload[:3]) for record in records] == [(1, b"012"), (6, b"\x1a\0\0"), (2, b"end")]
+    assert [record.offset for record in records] == [0, 26, 500]
     assert parser.offset == 500 + 16 + 3
     cut = LogParser()
     assert list(cut.feed(data[:20])) == []

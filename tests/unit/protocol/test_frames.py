@@ -34,7 +34,7 @@ def test_a_frame_is_never_empty_and_holds_a_whole_record() -> None:
     [
         (b"", Reason.BAD_FRAME),
         (b"\2\1\0\0" + bytes(12) + b"x", Reason.BAD_FRAME),
-        (b"\1\1\1\0" + bytes(12) + b"x", Reason.BAD_FRAME),
+        (b"\1\1\2\0" + bytes(12) + b"x", Reason.BAD_FRAME),
         (b"\1\2\0\0" + bytes(12) + b"x", Reason.UNSUPPORTED_VERSION),
         (data_header(CHANNELS_MAX, 0) + b"x", Reason.BAD_FRAME),
     ],

@@ -8,7 +8,7 @@ from protocol import limits
 from protocol.identity import EnrollClaims
 from protocol.session import OUTBOX_ROOM
 
-UNITS = ("_BYTES", "_MS", "_MAX", "_MIN", "KIB", "MIB", "_BYTES_MAX", "_PER_EXECUTION")
+UNITS = ("_BYTES", "_MS", "_MAX", "_MIN", "KIB", "MIB", "_BYTES_MAX", "_PER_EXECUTION", "_PER_HOST")
 EXEMPT = {"KIB", "MIB"}
 
 

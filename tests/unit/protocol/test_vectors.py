@@ -117,10 +117,11 @@ def test_frames() -> None:
     document = vectors("frames")
     for case in document["good"]:
         frame = decode_data(bytes.fromhex(case["frame"]))
-        assert (frame.channel, str(frame.offset), bytes(frame.data).hex()) == (
+        assert (frame.channel, str(frame.offset), bytes(frame.data).hex(), frame.goes_on) == (
             case["channel"],
             case["offset"],
             case["data"],
+            case["goes_on"],
         )
     for case in document["bad"]:
         with pytest.raises(RemoteError) as refused:

@@ -73,7 +73,9 @@ def test_every_value_tells_where_it_came_from(tmp_path: Path) -> None:
         "log_level": "LOCAL_RUNNER_LOG_LEVEL",
         "log_format": "--log-format",
         "git": file,
-        **dict.fromkeys(("proxy", "spool_bytes", "segment_bytes", "cgroup", "floor_bytes"), "default"),
+        **dict.fromkeys(
+            ("proxy", "spool_bytes", "segment_bytes", "cgroup", "floor_bytes", "keep_ms", "host_bytes"), "default"
+        ),
     }
     assert settings == load_settings({"config": file, "log_format": "json"}, variables)
     assert set(explain_settings({}, HOME)[1].values()) == {"default"}
@@ -100,6 +102,15 @@ def test_tables_name_what_is_the_shims_and_the_spools(tmp_path: Path) -> None:
     found, sources = explain_settings({"config": file}, variables)
     assert (found.cgroup, found.floor_bytes) == ("off", 0)
     assert (sources["cgroup"], sources["floor_bytes"]) == ("LOCAL_RUNNER_SHIM_CGROUP", "LOCAL_RUNNER_SPOOL_FLOOR_MIB")
+
+
+def test_what_is_kept_is_told_in_days_and_mebibytes(tmp_path: Path) -> None:
+    """A week and ten GiB unless somebody says otherwise; nothing at all is a word too."""
+    found = load_settings({"config": written(tmp_path, "")}, HOME)
+    assert (found.keep_ms, found.host_bytes) == (7 * 86_400_000, 10 * 1024**3)
+    found = load_settings({"config": written(tmp_path, "[spool]\nkeep_days = 0\nhost_mib = 1\n")}, HOME)
+    assert (found.keep_ms, found.host_bytes) == (0, 1024**2)
+    assert load_settings({}, {**HOME, "LOCAL_RUNNER_SPOOL_KEEP_DAYS": "2"}).keep_ms == 2 * 86_400_000
 
 
 def test_an_empty_runtime_directory_is_none() -> None:
@@ -150,6 +161,8 @@ def test_home_may_be_written_short(tmp_path: Path) -> None:
         ("[shim.cgroup]\npath = '/x'", "shim.cgroup"),
         ('"shim.cgroup" = "off"', "shim.cgroup"),
         ("[spool]\nfloor_mib = -1", "spool.floor_mib"),
+        ("[spool]\nkeep_days = 3651", "spool.keep_days"),
+        ('[spool]\nhost_mib = "1"', "spool.host_mib"),
         ("cgroup = 'off'", "cgroup"),
         ("segment_bytes = 8388608\nspool_bytes = 4194304", "segment_bytes"),
         ("spool_bytes = ", ""),

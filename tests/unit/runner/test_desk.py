@@ -12,6 +12,8 @@ from runner.core.inputs import AttemptExited, Input, OwnerAdmission
 from runner.core.plans import Admission, Headroom
 from runner.desk import NAMED_MAX, Desk
 from runner.errors import Refused
+from runner.logdesk import LogDesk
+from runner.logsink import Sink
 from tests.support.builders import an_attempt
 from tests.support.engine import World, a_policy, an_exit
 from tests.unit.runner.test_pump import Clock
@@ -44,6 +46,8 @@ class Owner:
             measure=lambda: self.room,
             end=self.end,
             orphans=self.nobody,
+            logs=LogDesk(Sink(None)),
+            retention=SimpleNamespace(),  # type: ignore[arg-type]
         )
 
     async def settle(self, happened: Input) -> None:

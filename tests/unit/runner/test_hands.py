@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from errno import EDQUOT, EIO, EMFILE, ENOSPC
 from os import strerror
 from pathlib import Path
@@ -37,7 +37,17 @@ from runner.core.inputs import (
     RemainsSwept,
     ShimSilent,
 )
-from runner.core.plans import AttemptPlan, LeaseAction, Orphan, ProcessIdentity, Swept
+from runner.core.plans import (
+    AttemptPlan,
+    ExitRecord,
+    LeaseAction,
+    Observed,
+    Orphan,
+    Phase,
+    ProcessIdentity,
+    Swept,
+    UploadedCopy,
+)
 from runner.errors import Broken, ConfigError
 from runner.hands import UNSEEN_PAUSE_S, DaemonHands
 from runner.logs import EVENTS
@@ -49,6 +59,7 @@ from tests.support.shims import a_plan
 EX = an_attempt()
 SWEPT = Swept(found=1, signalled=1, remaining=0)
 SHIM = ProcessIdentity(boot_id="boot-1", pid=10, start=20)
+MASKED = UploadedCopy(redactor="mask-1", streams={})
 DIGEST = Digest("sha256:" + "22" * 32)
 
 
@@ -148,12 +159,45 @@ class FakeUplink:
     def __init__(self) -> None:
         self.finished: list[str] = []
 
-    def track(self, _name: str, _directory: Path) -> None:
+    def track(self, _name: str, _directory: Path, **_: Any) -> None:
         """There is room for all."""
 
     def finish(self, name: str) -> None:
         """Remember it."""
         self.finished.append(name)
+
+
+@dataclass
+class FakeRedactor:
+    """Knows of secrets what it was told, and says that everything was masked."""
+
+    secret: set[Attempt] = field(default_factory=set)
+    over: list[Attempt] = field(default_factory=list)
+
+    def open(self, _attempt: Attempt, sealed: Mapping[str, str]) -> dict[str, bytes]:
+        """They are not sealed."""
+        return {name: value.encode() for name, value in sealed.items()}
+
+    def learn(self, plan: AttemptPlan, secrets: Mapping[str, bytes]) -> None:
+        """Remember whose they are."""
+        if secrets:
+            self.secret.add(plan.attempt)
+
+    def forget(self, attempt: Attempt) -> None:
+        """Nobody asks any more."""
+        self.secret.discard(attempt)
+
+    def ended(self, attempt: Attempt) -> None:
+        """Remember it."""
+        self.over.append(attempt)
+
+    def masks(self, attempt: Attempt) -> bool:
+        """Whether it has secrets."""
+        return attempt in self.secret
+
+    def completed(self, _attempt: Attempt, record: ExitRecord) -> ExitRecord:
+        """As if all were masked."""
+        return replace(record, uploaded=MASKED)
 
 
 class FakeLink:
@@ -185,6 +229,7 @@ class Scene:
     keeper: FakeKeeper = field(default_factory=FakeKeeper)
     uplink: FakeUplink = field(default_factory=FakeUplink)
     link: FakeLink = field(default_factory=FakeLink)
+    redactor: FakeRedactor = field(default_factory=FakeRedactor)
     keystore: FullKeystore = field(default_factory=lambda: FullKeystore(Broken(Reason.DISK_FULL, "no room")))
     put: list[Input] = field(default_factory=list)
     notes: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
@@ -229,8 +274,9 @@ async def scene() -> AsyncIterator[Scene]:
         "uplink": scene.uplink,
         "keeper": scene.keeper,
         "keystore": scene.keystore,
+        "redactor": scene.redactor,
     }
-    scene.hands = DaemonHands(put=scene.put.append, runner="rnr_1", seal_seed=bytes(32), **parts)
+    scene.hands = DaemonHands(put=scene.put.append, **parts)
     scene.hands.note = lambda event, fields: scene.notes.append((event, fields))
     yield scene
     await asyncio.gather(*tasks.running)
@@ -393,3 +439,40 @@ async def test_an_identity_that_cannot_be_stored_counts_all_the_same(scene: Scen
     scene.keystore.fault = fault
     await scene.done(KeepIdentity(a_verified_keyset(), None))
     assert scene.events == ["identity.unkept"]
+
+
+async def test_the_end_of_an_attempt_with_secrets_comes_with_what_its_copy_adds_up_to(scene: Scene) -> None:
+    """The log is let go at once, the settlement waits for the sum; whoever has no secrets waits for nothing."""
+    scene.hands.heard(AttemptExited(EX, an_exit()))
+    assert scene.put == [AttemptExited(EX, an_exit())]
+    scene.redactor.secret.add(EX)
+    scene.hands.heard(AttemptExited(EX, an_exit()))
+    assert len(scene.put) == 1 and scene.uplink.finished == [EX.name] * 2 == [each.name for each in scene.redactor.over]
+    async with asyncio.timeout(10):
+        while len(scene.put) == 1:
+            await asyncio.sleep(0)
+    assert scene.put[1] == AttemptExited(EX, an_exit(uploaded=MASKED))
+
+
+async def test_what_ended_without_a_daemon_is_added_up_at_start(scene: Scene) -> None:
+    """Only where a settlement is still to come, and something was masked."""
+    ended = Observed(attempt=EX, same_boot=True, phase=Phase.RUNNING, lock_held=False, exit=an_exit())
+    assert await scene.hands.completed([ended], [EX]) == [ended]
+    scene.redactor.secret.add(EX)
+    assert await scene.hands.completed([ended], []) == [ended]
+    assert await scene.hands.completed([ended, replace(ended, exit=None)], [EX]) == [
+        replace(ended, exit=an_exit(uploaded=MASKED)),
+        replace(ended, exit=None),
+    ]
+
+
+async def test_secrets_are_known_before_the_first_byte_of_output(scene: Scene) -> None:
+    """Learnt before the shim is let go; forgotten with the attempt."""
+    plan = a_plan(secrets={"TOKEN": "tr0ub4dor"})
+    scene.hands.perform(PrepareAttempt(plan, DIGEST))
+    async with asyncio.timeout(10):
+        while not scene.put:
+            await asyncio.sleep(0)
+    assert scene.redactor.secret == {plan.attempt}
+    await scene.done(CollectAttempt(plan.attempt))
+    assert scene.redactor.secret == set()

@@ -5,6 +5,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from protocol.identity import HelloClaims
 from protocol.keyset import open_keyset
 from protocol.messages import Bye, Hello, ReportItem, encode
 from protocol.replay import Mark
+from runner.adapters.inlet import Inlet
 from runner.adapters.system import SystemClock
 from runner.adapters.uplink import Uplink
 from runner.core.inputs import Input, SessionDown, SessionUp
@@ -106,6 +108,7 @@ async def linked(plane: HostilePlane, port: int | None = None) -> AsyncIterator[
     notes: list[tuple[str, dict[str, Any]]] = []
     journal: Any = EmptyJournal()
     link = Link(
+        inlet=Inlet(Path("/nowhere"), feed=lambda *_: False, say=lambda _fed: None),
         url=f"ws://127.0.0.1:{port or plane.port}/",
         proxy=None,
         standing=standing,

@@ -35,6 +35,7 @@ def test_a_whole_file_becomes_a_policy(tmp_path: Path) -> None:
         version = 1
         [commands]
         kinds = ["execution.start", "worktree.create"]
+        signals = ["HUP"]
         [roots]
         managed = ["{tmp_path}/link", "{real}"]
         [env]
@@ -58,6 +59,7 @@ def test_a_whole_file_becomes_a_policy(tmp_path: Path) -> None:
     assert policy == Policy(
         digest=digest_of(text.encode()),
         kinds=frozenset({"execution.start", "worktree.create"}),
+        signals=frozenset({"HUP"}),
         roots=(str(real), "/managed"),
         env_allow=("LANG", "CI_*"),
         env_deny=("CI_SECRET",),
@@ -79,6 +81,7 @@ def test_what_is_left_out_is_denied_or_has_its_default(tmp_path: Path) -> None:
     assert problem is None
     assert policy == Policy(
         digest=digest_of(b"version = 1"),
+        signals=frozenset({"HUP", "INT", "USR1", "USR2", "WINCH"}),
         env_allow=("*",),
         concurrent_max=64,
         grace_ms_max=GRACE_MS_MAX,

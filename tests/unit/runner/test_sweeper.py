@@ -95,6 +95,8 @@ def test_a_respawning_chain_is_ended(start: StartTree) -> None:
 def test_who_is_born_during_a_scan_is_found_by_it(start: StartTree, monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes are listed until nobody new is there: the carrier comes with the third listing only."""
     root = start("exec sleep 600")
+    # In the middle of an exec a process shows no environment.
+    wait_for(lambda: Path(f"/proc/{root}/comm").read_text() == "sleep\n" and scan(RUNNER), "its second exec")
     everybody = process.pids
     listings = iter([[1], [1, 2]])
     monkeypatch.setattr(process, "pids", lambda: iter(next(listings, None) or everybody()))

@@ -9,10 +9,10 @@ from protocol.errors import Reason
 from protocol.events import Event
 from protocol.execution import AttemptState
 from protocol.messages import ItemKind
-from protocol.receipt import Cause, Outcome, Verdict, open_receipt
+from protocol.receipt import Cause, Outcome, StreamDigest, Uploaded, Verdict, open_receipt
 from runner.core.inputs import Now
 from runner.core.journaling import SUPERSEDED_BY, AttemptRow
-from runner.core.plans import ProcessLeft, Swept
+from runner.core.plans import ProcessLeft, Swept, UploadedCopy
 from runner.core.statements import Statements
 from tests.support.builders import NOW_MS, ORG, RUNNER, a_key, a_lease, an_attempt
 from tests.support.engine import BOOT_ID, a_row, an_exit, opened_receipt, opened_settlement
@@ -168,3 +168,15 @@ def test_the_same_statement_is_the_same_bytes() -> None:
     """Signatures are deterministic, so a replayed seed is a replayed world."""
     said = [statements().settlement(a_taken(), a_row(1), an_exit(), NOW).body for _ in range(2)]
     assert said[0] == said[1]
+
+
+def test_a_settlement_names_the_copy_that_was_masked() -> None:
+    """Beside the digests of what was written; where they are the same, nothing."""
+    copy = UploadedCopy(redactor="mask-1", streams={"stdout": (3, "ab" * 32)})
+    masked = opened_settlement(statements().settlement(a_taken(), a_row(1), an_exit(uploaded=copy), NOW))
+    plain = opened_settlement(statements().settlement(a_taken(), a_row(1), an_exit(), NOW))
+    assert masked.log is not None and plain.log is not None
+    assert masked.log.uploaded == Uploaded(
+        redactor="mask-1", streams={"stdout": StreamDigest(bytes=3, sha256="ab" * 32)}
+    )
+    assert masked.streams == plain.streams and plain.log.uploaded is None
