@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-# A file stays with one process: its tests may share a daemon. Two processes more than processors: they mostly wait.
-TOGETHER := -n $(shell expr $$(nproc) + 2) --dist loadfile --no-loadscope-reorder
+# A file stays with one process: its tests may share a daemon. One process more than processors: they often wait.
+TOGETHER := -n $(shell expr $$(nproc) + 1) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo test check explore format bench chaos lock vectors clean sim
 help:            ## this list

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from tests.support.repositories import make_repository
 pytestmark = pytest.mark.timeout(180)
 
 DEMO = Path("examples", "demo", "demo.py")
-MINUTE_S = 60.0
 WAIT_S = 60.0
 ESCAPE = "\x1b"
 COUNTING = "i=1; while [ $i -le 1000 ]; do echo line $i; i=$((i+1)); sleep 0.05; done"
@@ -67,12 +65,10 @@ def left_over(place: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_demo_keeps_every_promise_within_a_minute(place: Path) -> None:
+def test_the_demo_keeps_every_promise(place: Path) -> None:
     """With nothing set: this repository, its fast tests, a crash in their middle."""
-    begun = time.monotonic()
     told = tell(place)
     assert told.returncode == 0, told.stdout + told.stderr
-    assert time.monotonic() - begun < MINUTE_S
     assert "promises held" in told.stdout and "passed" in told.stdout
     assert told.stderr == "" and ESCAPE not in told.stdout
     first, last = re.findall(r"log grew from (\d+) to (\d+) bytes while there was no daemon", told.stdout)[0]

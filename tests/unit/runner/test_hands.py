@@ -162,7 +162,7 @@ class FakeUplink:
     def track(self, _name: str, _directory: Path, **_: Any) -> None:
         """There is room for all."""
 
-    def finish(self, name: str) -> None:
+    def finish(self, name: str, _end: int = 0) -> None:
         """Remember it."""
         self.finished.append(name)
 
