@@ -45,8 +45,8 @@ bench: $(READY)  ## the benchmarks, side by side with their peers
 chaos: $(READY)  ## MINUTES=2 SEED=1: kill everything for a while, then count
 	@$(BIN)/python -m tests.chaos.run
 
-sim: $(READY)    ## seeded worlds: make sim SEEDS=1000, or SEED=42 make sim to read the story of one
-	@$(BIN)/python -m tests.sim.run $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),1000))
+sim: $(READY)    ## seeded worlds: make sim SEEDS=1000 (SHORT=1: quick ones), or SEED=42 make sim to read the story of one
+	@$(BIN)/python -m tests.sim.run $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),1000)) $(if $(SHORT),--short)
 
 vectors: $(READY) ## write protocol/vectors anew
 	$(BIN)/python -m tests.vectors.generate

@@ -30,6 +30,7 @@ from runner.core.effects import (
     Say,
     ScanOrphans,
     SendBeat,
+    SignalAttempt,
     StopAttempt,
     SweepAttempt,
     SweepRemains,
@@ -132,8 +133,8 @@ class Hands:
 
     def _perform(self, effect: Effect) -> None:
         match effect:
-            case Persist() | Note():
-                raise AssertionError("not for hands")
+            case Persist() | Note() | SignalAttempt():
+                raise AssertionError("not for hands, and no user of these worlds sends signals")
             case Say(message):
                 self.daemon.link.say(message)
             case SendBeat():
