@@ -32,8 +32,8 @@ check: $(READY)  ## format, lint, types, import contracts, fast tests
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -m 'not slow' $(TOGETHER)
 
-explore: $(READY) ## every state of the engine that three commands can reach, within a bound
-	@$(BIN)/python -m tests.exhaustive.explorer
+explore: $(READY) ## states of the engine that three commands can reach, nearest first: make explore STATES=10000 (0: all)
+	@$(BIN)/python -m tests.exhaustive.explorer $(if $(STATES),--states $(STATES))
 
 format: $(READY) ## rewrite to the project's format
 	$(BIN)/ruff format .
