@@ -193,10 +193,11 @@ class Rig:
         return victim
 
     def _kill_fork_server(self) -> None:
-        """The daemon's child that is no shim of anybody: shims are children of it, or of init."""
+        """The daemon's child that is no shim: where there was no fork server for a moment, shims are the daemon's children, too."""
         daemon = self._system.pid("daemon")
         for pid in map(int, Path(f"/proc/{daemon}/task/{daemon}/children").read_text().split()):
-            _kill(pid)
+            if _command(pid).endswith(b"\0forkserver\0"):
+                _kill(pid)
 
     def _kill_one(self, victim: Victim) -> None:
         """A shim or a child of a living attempt, drawn among those that are there."""
@@ -290,3 +291,11 @@ def _start(pid: int) -> int | None:
     except OSError:
         return None
     return int(text.rpartition(")")[2].split()[19])
+
+
+def _command(pid: int) -> bytes:
+    """Its command line, empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
