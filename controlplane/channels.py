@@ -31,6 +31,10 @@ class _Channel:
     received: int = 0
     jumped: bool = False
 
+    def grow(self) -> None:
+        """Double the window, up to the largest."""
+        self.window = min(2 * self.window, CHANNEL_WINDOW_BYTES_MAX)
+
 
 class Channels:
     """What one session writes; `say` queues a message for its runner."""
@@ -88,7 +92,7 @@ class Channels:
         self._store.wrote(log)
         channel.received += len(data)
         if channel.received >= FLOOD_WINDOWS * channel.window:
-            channel.window = min(2 * channel.window, CHANNEL_WINDOW_BYTES_MAX)
+            channel.grow()
         if log.end + channel.window - channel.credit >= channel.window // 2:
             self._ack(channel)
 
@@ -96,7 +100,7 @@ class Channels:
         """The runner has more than it may send: the window grows, unless a grant was on its way."""
         channel = self._known(message.channel)
         if message.credit >= channel.credit - channel.window // 2:
-            channel.window = min(2 * channel.window, CHANNEL_WINDOW_BYTES_MAX)
+            channel.grow()
             self._ack(channel)
 
     def gap(self, message: Gap) -> None:

@@ -5,7 +5,6 @@ are any, the signed command in the journal has them sealed. Secrets that cannot 
 less is shown than could be, never more.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +14,13 @@ from weakref import WeakValueDictionary
 from protocol.errors import ProtocolError, RemoteError
 from protocol.ids import Attempt
 from protocol.secretbox import open_secret
-from runner.adapters.attemptfiles import FORMAT, LOG_DIR, SPEC_BYTES_MAX
+from runner.adapters.attemptfiles import LOG_DIR, read_spec
 from runner.adapters.redacted import RedactedReader, uploaded
 from runner.adapters.spool import LogReader, SpoolReader
 from runner.core.needles import EVERYTHING, Needles, needles_of, secret_values
 from runner.core.plans import AttemptPlan, ExitRecord, UploadedCopy
 from runner.core.redaction import REACH_BYTES
 
-SPEC_NAME: Final = "spec.json"
 Sealed = Callable[[Attempt], Mapping[str, str] | None]
 """The sealed secrets of an attempt's command, by name; None when the command is not to be had."""
 
@@ -145,11 +143,10 @@ class Redactor:
 def _clear(directory: Path) -> tuple[list[str], dict[str, str]] | None:
     """The names of the secrets of an attempt, and its environment in the clear, as its spec has them; None: it cannot be told."""
     try:
-        with (directory / SPEC_NAME).open("rb") as file:
-            spec = json.loads(file.read(SPEC_BYTES_MAX))
-        names, env = spec["secret_names"], spec["env"]
-    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+        spec = read_spec(directory)
+    except OSError:
         return None
-    texts = [*names, *env, *env.values()] if isinstance(names, list) and isinstance(env, dict) else [None]
-    whole = spec.get("v") == FORMAT and all(isinstance(text, str) for text in texts)
-    return (names, env) if whole else None
+    names, env = (None, None) if spec is None else (spec.get("secret_names"), spec.get("env"))
+    if not isinstance(names, list) or not isinstance(env, dict):
+        return None
+    return (names, env) if all(isinstance(text, str) for text in (*names, *env, *env.values())) else None

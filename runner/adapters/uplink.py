@@ -312,11 +312,11 @@ class Uplink:
         """The next frame of a channel, None when it has nothing to send now."""
         if channel.cursor is None or channel.closed or not (channel.pending or self._fetch(channel)):
             return None
-        room = min(channel.credit - channel.cursor, self._credit - self._sent)
-        if channel.credit - channel.cursor <= 0:
+        room = channel.credit - channel.cursor
+        if room <= 0:
             self._say_blocked(channel)
             return None
-        piece = channel.pending[: min(self._piece, room)]
+        piece = channel.pending[: min(self._piece, room, self._credit - self._sent)]
         channel.pending = channel.pending[len(piece) :]
         header = data_header(channel.number, channel.cursor, goes_on=bool(channel.pending))
         channel.passed(channel.cursor + len(piece))

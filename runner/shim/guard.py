@@ -304,8 +304,7 @@ class Guard:
                 break
             if self.child is not None and pid == self.child.pid and self.story.status is None:
                 self.story.child_ended(status, usage)
-                self.pipes.stdin.close()
-                self.pipes.watch_stdin()
+                self.pipes.close_stdin()
                 self._point("child_ended")
                 self.step(machine.ENDED)
 

@@ -89,5 +89,9 @@ class Pipes:
         """Give all of them back."""
         for fd in list(self.open):
             self.close(fd)
+        self.close_stdin()
+
+    def close_stdin(self) -> None:
+        """Nobody reads it any more."""
         self.stdin.close()
         self.watch_stdin()
