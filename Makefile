@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+PEERS  := $(VENV)/.peers
 # A file stays with one process: its tests may share a daemon. One process more than processors: they often wait.
 TOGETHER := -n $(shell expr $$(nproc) + 1) --dist loadfile --no-loadscope-reorder
 
@@ -39,7 +40,11 @@ format: $(READY) ## rewrite to the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)  ## the benchmarks, side by side with their peers
+$(PEERS): lock/peers.txt $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r lock/peers.txt
+	@touch $@
+
+bench: $(PEERS)  ## the benchmarks, side by side with their peers
 	@$(BIN)/python bench/run.py
 
 chaos: $(READY)  ## MINUTES=2 SEED=1: kill everything for a while, then count
@@ -55,6 +60,7 @@ lock: $(READY)   ## resolve and pin the dependencies anew
 	$(BIN)/pip install --quiet uv
 	$(BIN)/uv pip compile --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 --extra control pyproject.toml -o lock/runtime.txt
 	$(BIN)/uv pip compile --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 --extra control --group dev pyproject.toml -o lock/dev.txt
+	$(BIN)/uv pip compile --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 --group peers -c lock/dev.txt -o lock/peers.txt
 
 clean:           ## what make made
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

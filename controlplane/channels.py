@@ -66,6 +66,9 @@ class Channels:
         log.heard = lambda: self._ack(channel)
         log.on_watch = lambda on: self._say(Watch(channel=channel.number, on=on))
         self._resume(channel)
+        if log.durable:
+            # What a runner was never told on a lost connection may be trimmed at its side.
+            self._ack(channel)
         if log.followed:
             log.on_watch(True)
 

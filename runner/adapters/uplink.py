@@ -104,8 +104,6 @@ class Uplink:
         self._failed = failed
         self._channels: dict[str, _Channel] = {}
         self._numbers: dict[int, _Channel] = {}
-        self._freed: set[int] = set()
-        """Numbers of logs that are done, on this connection; the next logs get them."""
         self._turns: tuple[deque[_Channel], deque[_Channel]] = (deque(), deque())
         """Who has something to send: what is followed, and the rest."""
         self._sent = 0
@@ -170,7 +168,6 @@ class Uplink:
     def connected(self) -> None:
         """A new session: every log is opened again, and the plane says from where."""
         self._connected = True
-        self._freed.clear()
         self._control.clear()
         self._rest()
         self._sent, self._credit = 0, CONNECTION_WINDOW_BYTES
@@ -217,22 +214,22 @@ class Uplink:
             elif message.offset < channel.acked:
                 # One that comes late or twice: what lies there is safe, and may be gone from here.
                 return
+            # What it has is not what is safe there: only an `ack` tells that.
             channel.go_to(message.offset)
             channel.credit = max(channel.credit, message.credit)
             channel.closed = False
             channel.failed = False
-        elif channel.cursor is None and message.channel in self._freed:
-            # A last word about the log that had this number before: of ours a `resume` tells first.
+        elif channel.cursor is None:
+            # A last word about the log that had this number before, or one that overtook our `resume`, which tells more.
             return
-        elif channel.cursor is None or message.offset > channel.sent:
+        elif message.offset > channel.sent:
             raise RemoteError(Reason.BAD_FRAME, "an ack for what was never sent")
         else:
             channel.credit = max(channel.credit, message.credit)
             if message.offset > channel.cursor:
                 # A late `resume` had sent us back.
                 channel.go_to(message.offset)
-        if message.offset > channel.acked:
-            channel.acked = message.offset
+            channel.acked = max(channel.acked, message.offset)
         if channel.acked - channel.trimmed >= TRIM_STEP_BYTES:
             channel.trimmed = channel.acked
             self._trim(channel.name, channel.acked)
@@ -374,7 +371,6 @@ class Uplink:
         channel.reader.close()
         del self._channels[channel.name]
         del self._numbers[channel.number]
-        self._freed.add(channel.number)
 
 
 def write_ack(directory: Path, offset: int) -> None:

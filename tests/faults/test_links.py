@@ -197,11 +197,12 @@ async def lined() -> AsyncIterator[Line]:
         policy = system.home / "policy.toml"
         policy.write_text(re.sub(r"(?m)^concurrent = \d+", f"concurrent = {WAITING + 64}", policy.read_text()))
         await system.start_daemon()
-        await system.online()
         (system.home / "started").touch()
+        line = Line(system, proxy)
+        await line.session_after(0)
         # The plane lets go of connections that rest, and a request may meet that: a network of its own is not what is tested here.
         system.http.headers["Connection"] = "close"
-        yield Line(system, proxy)
+        yield line
         assert system.carriers() == []
 
 

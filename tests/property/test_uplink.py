@@ -279,12 +279,39 @@ def test_whatever_happens_the_log_arrives_once_and_in_order(steps: list[tuple[st
             road.uplink.close()
 
 
-def test_an_ack_for_what_was_never_sent_ends_the_connection(tmp_path: Path) -> None:
-    """A plane that claims what it cannot have is not believed."""
-    road = Road(tmp_path)
+def opened(directory: Path) -> Road:
+    """A log of one record whose first credit is granted, and nothing sent yet."""
+    road = Road(directory)
     road.write(10)
     road.connect(0)
-    road.send(0)
+    road.up += road.uplink.messages()
+    road.deliver(7)
+    return road
+
+
+def test_an_ack_for_what_was_never_sent_ends_the_connection(tmp_path: Path) -> None:
+    """A plane that claims what it cannot have is not believed."""
+    road = opened(tmp_path)
+    road.answer(7)
     with pytest.raises(RemoteError):
         road.uplink.heard(Ack(channel=0, offset=10**9, credit=10**9))
+    road.uplink.close()
+
+
+def test_an_ack_that_comes_before_the_resume_says_nothing(tmp_path: Path) -> None:
+    """It may be about the log that had this number before."""
+    road = opened(tmp_path)
+    road.uplink.heard(Ack(channel=0, offset=10**9, credit=10**9))
+    assert road.uplink.acked(NAME) == 0 and road.uplink.next_frame() is None
+    road.finish()
+    road.uplink.close()
+
+
+def test_what_a_resume_names_is_there_and_not_yet_safe(tmp_path: Path) -> None:
+    """Its plane may still lose it with its machine: the runner keeps it until an ack."""
+    road = opened(tmp_path)
+    road.uplink.heard(Resume(channel=0, offset=road.spool.end, credit=10**9))
+    assert road.uplink.acked(NAME) == 0
+    road.uplink.heard(Ack(channel=0, offset=road.spool.end, credit=10**9))
+    assert road.uplink.acked(NAME) == road.spool.end
     road.uplink.close()
