@@ -15,18 +15,24 @@ from protocol import strict_json
 from protocol.errors import ProtocolError, Reason
 from protocol.ids import GENESIS, Attempt, ExecutionId, FencingToken
 from protocol.limits import (
-    ARGV_ITEM_BYTES_MAX,
-    ARGV_ITEMS_MAX,
     COMMAND_TTL_MS_MAX,
-    ENV_ITEMS_MAX,
-    ENV_VALUE_BYTES_MAX,
     GRACE_MS_MAX,
     LEASE_TTL_MS_MAX,
     LEASE_TTL_MS_MIN,
     SAFETY_TTL_MS_MAX,
-    SECRETS_ITEMS_MAX,
-    TIMEOUT_MS_MAX,
 )
+from protocol.starts import Background as Background
+from protocol.starts import EnvName as EnvName
+from protocol.starts import ExecutionStart as ExecutionStart
+from protocol.starts import InputKey as InputKey
+from protocol.starts import Overflow as Overflow
+from protocol.starts import PathCwd as PathCwd
+from protocol.starts import PtyOpen as PtyOpen
+from protocol.starts import SealedSecret as SealedSecret
+from protocol.starts import Size as Size
+from protocol.starts import SizePolicy as SizePolicy
+from protocol.starts import Start as Start
+from protocol.starts import WorktreeCwd as WorktreeCwd
 from protocol.wire import (
     AbsolutePath,
     Closed,
@@ -36,9 +42,8 @@ from protocol.wire import (
     JsonObject,
     Millis,
     Positive,
-    RelativePath,
     Text,
-    at_most_bytes,
+    ViewerId,
     first_error,
 )
 
@@ -58,17 +63,6 @@ class OnLoss(StrEnum):
     CONTINUE = "continue"
     FREEZE = "freeze"
     STOP = "stop"
-
-
-class Overflow(StrEnum):
-    """What happens to the log of an attempt that reaches its limit."""
-
-    HEAD_TAIL = "head_tail"
-    """The beginning and the newest are kept, what was between is dropped."""
-    BLOCK = "block"
-    """Whoever writes waits until the control plane has taken some."""
-    DISCARD = "discard"
-    """The newest is not kept."""
 
 
 class Audience(Closed):
@@ -146,77 +140,6 @@ class Command(Closed):
         return SAFETY_TTL_MS_MAX if self.stream is Stream.SAFETY else COMMAND_TTL_MS_MAX
 
 
-class PathCwd(Closed):
-    """A directory of the machine, inside the roots that the owner's policy manages."""
-
-    type: Literal["path"]
-    path: AbsolutePath
-
-
-class WorktreeCwd(Closed):
-    """A managed worktree, or a directory inside it."""
-
-    type: Literal["worktree"]
-    worktree_id: Id
-    subdir: RelativePath | None = None
-
-
-EnvName = Annotated[str, Field(pattern=r"^[^=\x00]{1,256}$")]
-"""Anything else cannot be a variable: the name ends at the first `=`, the entry at the first NUL."""
-
-
-class SealedSecret(Closed):
-    """A value sealed to the runner's key; its name becomes an environment variable of the child alone."""
-
-    name: EnvName
-    sealed: Annotated[str, Field(min_length=1, max_length=32768)]
-
-
-EnvValue = Annotated[Text, at_most_bytes(ENV_VALUE_BYTES_MAX)]
-Argument = Annotated[Text, at_most_bytes(ARGV_ITEM_BYTES_MAX)]
-
-
-class InputKey(Closed):
-    """Who may write to the attempt's stdin: an Ed25519 key, made for it, that signs every piece."""
-
-    key: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{43}$")]
-
-
-class ExecutionStart(Closed):
-    """Run `argv` as one attempt. `timeout_ms` null: no limit; `grace_ms` null: the runner's default.
-
-    `idle_timeout_ms`: it ends when it wrote nothing for so long. `stdin` null: /dev/null. `events`: a third output, for
-    JSON lines.
-    """
-
-    execution_id: Id
-    start_token: Positive
-    argv: Annotated[list[Argument], Field(min_length=1, max_length=ARGV_ITEMS_MAX)]
-    cwd: Annotated[PathCwd | WorktreeCwd, Field(discriminator="type")]
-    env: Annotated[dict[EnvName, EnvValue], Field(max_length=ENV_ITEMS_MAX)] = {}
-    secrets: Annotated[list[SealedSecret], Field(max_length=SECRETS_ITEMS_MAX)] = []
-    timeout_ms: Annotated[int, Field(ge=1, le=TIMEOUT_MS_MAX)] | None = None
-    grace_ms: Annotated[int, Field(ge=0, le=GRACE_MS_MAX)] | None = None
-    idle_timeout_ms: Annotated[int, Field(ge=1, le=TIMEOUT_MS_MAX)] | None = None
-    overflow: Overflow = Overflow.HEAD_TAIL
-    stdin: InputKey | None = None
-    events: bool = False
-
-    @model_validator(mode="after")
-    def _runnable(self) -> "ExecutionStart":
-        if not self.argv[0]:
-            raise ValueError("argv[0] is empty")
-        names = [secret.name for secret in self.secrets]
-        if len(set(names)) != len(names) or set(names) & self.env.keys():
-            raise ValueError("a name is given twice among env and secrets")
-        return self
-
-    @property
-    def attempt(self) -> Attempt:
-        """The attempt this start makes."""
-        return Attempt(ExecutionId(self.execution_id), FencingToken(self.start_token))
-
-
 class AttemptTarget(Closed):
     """An attempt by name."""
 
@@ -237,6 +160,32 @@ class ExecutionStop(Closed):
 
     target: Annotated[AttemptTarget | CommandTarget, Field(discriminator="type")]
     grace_ms: Annotated[int, Field(ge=0, le=GRACE_MS_MAX)] | None = None
+
+
+class PtyClose(ExecutionStop):
+    """End a PTY: it is hung up, and what stays behind takes the stop ladder. As a stop in all else."""
+
+
+class ViewerMode(StrEnum):
+    """What a viewer of a PTY may do."""
+
+    WRITE = "rw"
+    READ = "ro"
+
+
+class PtyAttach(Closed):
+    """Let a viewer of a living PTY in: whoever holds `key` (Ed25519) may type there and say its size, or only look on."""
+
+    execution_id: Id
+    start_token: Positive
+    viewer: ViewerId
+    key: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{43}$")]
+    mode: ViewerMode = ViewerMode.WRITE
+
+    @property
+    def attempt(self) -> Attempt:
+        """The attempt that is looked at."""
+        return Attempt(ExecutionId(self.execution_id), FencingToken(self.start_token))
 
 
 class SignalName(StrEnum):
@@ -298,7 +247,18 @@ class LeaseAcquire(Closed):
         return Attempt(ExecutionId(self.execution_id), FencingToken(self.start_token))
 
 
-Args = ExecutionStart | ExecutionStop | ExecutionSignal | WorktreeCreate | WorktreeRemove | LeaseRelease | LeaseAcquire
+Args = (
+    ExecutionStart
+    | ExecutionStop
+    | ExecutionSignal
+    | PtyOpen
+    | PtyAttach
+    | PtyClose
+    | WorktreeCreate
+    | WorktreeRemove
+    | LeaseRelease
+    | LeaseAcquire
+)
 
 
 class Kind(StrEnum):
@@ -307,6 +267,9 @@ class Kind(StrEnum):
     EXECUTION_START = "execution.start"
     EXECUTION_STOP = "execution.stop"
     EXECUTION_SIGNAL = "execution.signal"
+    PTY_OPEN = "pty.open"
+    PTY_ATTACH = "pty.attach"
+    PTY_CLOSE = "pty.close"
     WORKTREE_CREATE = "worktree.create"
     WORKTREE_REMOVE = "worktree.remove"
     LEASE_RELEASE = "lease.release"
@@ -318,6 +281,9 @@ ARGS: Final[Mapping[str, type[Args]]] = MappingProxyType(
         Kind.EXECUTION_START: ExecutionStart,
         Kind.EXECUTION_STOP: ExecutionStop,
         Kind.EXECUTION_SIGNAL: ExecutionSignal,
+        Kind.PTY_OPEN: PtyOpen,
+        Kind.PTY_ATTACH: PtyAttach,
+        Kind.PTY_CLOSE: PtyClose,
         Kind.WORKTREE_CREATE: WorktreeCreate,
         Kind.WORKTREE_REMOVE: WorktreeRemove,
         Kind.LEASE_RELEASE: LeaseRelease,
@@ -329,6 +295,9 @@ STREAM_OF: Final[Mapping[str, Stream]] = MappingProxyType(
         Kind.EXECUTION_START: Stream.CTL,
         Kind.EXECUTION_STOP: Stream.SAFETY,
         Kind.EXECUTION_SIGNAL: Stream.CTL,
+        Kind.PTY_OPEN: Stream.CTL,
+        Kind.PTY_ATTACH: Stream.CTL,
+        Kind.PTY_CLOSE: Stream.SAFETY,
         Kind.WORKTREE_CREATE: Stream.CTL,
         Kind.WORKTREE_REMOVE: Stream.CTL,
         Kind.LEASE_RELEASE: Stream.SAFETY,

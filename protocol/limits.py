@@ -132,6 +132,20 @@ SPOOL_BYTES_PER_HOST: Final = 10 * 1024 * MIB
 """All logs that are kept on a machine; above it what the plane has goes, oldest first."""
 HEAD_BYTES: Final = 64 * MIB
 """Kept from the beginning of a log whose middle has to go: where a build says what it is and how it was called."""
+TERMINAL_CELLS_MAX: Final = 1000
+"""Rows and columns of a PTY: more is a mistake, and programs allocate by it."""
+TYPED_BYTES_MAX: Final = 16 * KIB
+"""Bytes that a viewer types in one message: a paste is many of them, and a keystroke of another viewer fits between."""
+VIEWERS_MAX: Final = 256
+"""Viewers that may ever be let in to one PTY: the shim keeps a count for each."""
+PTY_SEGMENT_BYTES: Final = 1 * MIB
+"""One file of a PTY's log: what the ring gives up at once."""
+PTY_RING_BYTES: Final = 8 * MIB
+"""What a runner keeps of the output of a PTY: hours of a shell, seconds of a flood."""
+PTY_AHEAD_BYTES: Final = 256 * KIB
+"""A PTY that is this far ahead of every viewer that may type is not read until one has followed: an interrupt acts at once."""
+PTY_AHEAD_BYTES_MIN: Final = 64 * KIB
+"""And it is read again from here on."""
 BEAT_LEASES_MAX: Final = 1024
 """Leases and attempts that one beat can name, and one answer can renew."""
 HINTS_MAX: Final = 512
@@ -144,4 +158,6 @@ assert REPORT_BYTES_MAX < FRAME_BYTES_MAX
 assert DATA_HEADER_BYTES + DATA_SLICE_BYTES_MAX < FRAME_BYTES_MAX
 assert LEASE_MARGIN_MS + KILL_WAIT_MS < LEASE_TTL_MS
 assert INPUT_PIECE_BYTES_MAX * 4 // 3 + 1024 < FRAME_BYTES_MAX
+assert TYPED_BYTES_MAX * 4 // 3 + 1024 < FRAME_BYTES_MAX
+assert PTY_AHEAD_BYTES_MIN < PTY_AHEAD_BYTES < PTY_SEGMENT_BYTES < PTY_RING_BYTES
 assert 2 * DATA_SLICE_BYTES_MAX <= CHANNEL_WINDOW_BYTES <= CHANNEL_WINDOW_BYTES_MAX <= CONNECTION_WINDOW_BYTES

@@ -10,6 +10,21 @@ from typing import Annotated, Final, Literal, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 
 from protocol import strict_json
+from protocol.channels import Ack as Ack
+from protocol.channels import AttemptName as AttemptName
+from protocol.channels import Blocked as Blocked
+from protocol.channels import Credit as Credit
+from protocol.channels import Gap as Gap
+from protocol.channels import Input as Input
+from protocol.channels import InputFed as InputFed
+from protocol.channels import LogClosed as LogClosed
+from protocol.channels import LogOpen as LogOpen
+from protocol.channels import Resized as Resized
+from protocol.channels import Resume as Resume
+from protocol.channels import Taken as Taken
+from protocol.channels import Typed as Typed
+from protocol.channels import Viewers as Viewers
+from protocol.channels import Watch as Watch
 from protocol.errors import CloseCode, Reason, RemoteError
 from protocol.keyset import Root
 from protocol.limits import (
@@ -20,7 +35,6 @@ from protocol.limits import (
     FETCH_ITEMS_MAX,
     FRAME_BYTES_MAX,
     HINTS_MAX,
-    INPUT_PIECE_BYTES_MAX,
     REPORT_ITEMS_MAX,
 )
 from protocol.wire import Count, Detail, DigestText, Id, Millis, Open, Positive, first_error
@@ -31,7 +45,6 @@ EnvelopeText = Annotated[str, Field(min_length=2, max_length=ENVELOPE_BYTES_MAX)
 Nonce = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{43}$")]
 Purpose = Literal["session", "renew"]
 """What a connection is for: `renew` carries beats only, beside the session, when that is starved."""
-AttemptName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}\.[1-9][0-9]{0,15}$")]
 
 
 class Hello(Open):
@@ -212,98 +225,6 @@ class Beaten(Open):
     """The answer to a full beat: every attempt the plane knows to be the runner's has a hint."""
 
 
-class LogOpen(Open):
-    """runner → plane: `channel` is the log of `attempt`; it can be had from `first` on."""
-
-    t: Literal["open"] = "open"
-    channel: Count
-    attempt: AttemptName
-    first: Count
-
-
-class Resume(Open):
-    """plane → runner: send the log of `channel` from `offset`, up to `credit`."""
-
-    t: Literal["resume"] = "resume"
-    channel: Count
-    offset: Count
-    credit: Count
-
-
-class Ack(Open):
-    """plane → runner: below `offset` the log is durable here; up to `credit` may be sent. Absolute, so doubles are harmless."""
-
-    t: Literal["ack"] = "ack"
-    channel: Count
-    offset: Count
-    credit: Count
-
-
-class Credit(Open):
-    """plane → runner: so many bytes of data, of all channels of this session together, may be sent; absolute, and only rises."""
-
-    t: Literal["credit"] = "credit"
-    total: Count
-
-
-class Watch(Open):
-    """plane → runner: somebody follows the log of `channel`, or nobody does any more: what is followed goes first."""
-
-    t: Literal["watch"] = "watch"
-    channel: Count
-    on: bool
-
-
-class Blocked(Open):
-    """runner → plane: there is more in the log of `channel`, and its credit ends at `credit`: the window is too small."""
-
-    t: Literal["blocked"] = "blocked"
-    channel: Count
-    credit: Count
-
-
-class Gap(Open):
-    """runner → plane: `[start, end)` of the log does not exist any more; needs no credit."""
-
-    t: Literal["gap"] = "gap"
-    channel: Count
-    start: Count
-    end: Count
-
-
-class LogClosed(Open):
-    """runner → plane: the log of `channel` is complete at `end`."""
-
-    t: Literal["closed"] = "closed"
-    channel: Count
-    end: Count
-
-
-class Input(Open):
-    """plane → runner: bytes for an attempt's stdin from `offset` on, base64, signed by the key of its start; `end`: the last."""
-
-    t: Literal["input"] = "input"
-    attempt: AttemptName
-    offset: Count
-    data: Annotated[str, Field(max_length=(INPUT_PIECE_BYTES_MAX + 2) // 3 * 4)]
-    end: bool = False
-    sig: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{86}$")]
-
-
-class InputFed(Open):
-    """runner → plane: below `received` an attempt's stdin is taken for good; up to `credit` it may be sent.
-
-    `closed`: nobody reads it any more, and what still comes is dropped. `reason`: why a piece was not taken.
-    """
-
-    t: Literal["fed"] = "fed"
-    attempt: AttemptName
-    received: Count
-    credit: Count
-    closed: bool
-    reason: Reason | None = None
-
-
 class Bye(Open):
     """Either side: the connection ends on purpose."""
 
@@ -326,10 +247,25 @@ FromRunner = (
     | Gap
     | LogClosed
     | InputFed
+    | Taken
     | Bye
 )
 FromPlane = (
-    Challenge | Welcome | Enrolled | CommandFrame | Reported | Beaten | Resume | Ack | Credit | Watch | Input | Bye
+    Challenge
+    | Welcome
+    | Enrolled
+    | CommandFrame
+    | Reported
+    | Beaten
+    | Resume
+    | Ack
+    | Credit
+    | Watch
+    | Input
+    | Typed
+    | Resized
+    | Viewers
+    | Bye
 )
 Message = FromRunner | FromPlane
 

@@ -85,6 +85,8 @@ def _relative(text: str) -> str:
 
 
 Id = Annotated[str, Field(pattern=rf"^{ID_PATTERN.pattern}$")]
+ViewerId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
+"""Who looks at a PTY. Shorter than an id: the shim counts under it."""
 DigestText = Annotated[str, Field(pattern=rf"^{DIGEST_PATTERN.pattern}$")]
 Count = Annotated[int, Field(ge=0, le=JSON_INT_MAX)]
 Positive = Annotated[int, Field(ge=1, le=JSON_INT_MAX)]
