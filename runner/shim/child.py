@@ -12,7 +12,7 @@ import fcntl
 import posix as os
 import resource
 
-from runner.shim import system
+from runner.shim import system, terminal
 from runner.shim.spec import EVENTS_FD
 from runner.shim.system import signals
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from typing import Final
 
     from runner.shim.spec import Spec
+
+    _Actions = list[tuple[int, int, str, int, int] | tuple[int, int, int]]
 
 DEFAULT_PATH: Final = b"/usr/local/bin:/usr/bin:/bin"
 SHIM_UMASK: Final = 0o077
@@ -40,21 +42,52 @@ class SpawnError(Exception):
 
 
 class Child:
-    """A started child and our ends of its pipes: its output by descriptor there, and its stdin, -1 where that is /dev/null."""
+    """A started child and our ends: of its pipes, output by descriptor there and stdin (-1: /dev/null), or of its terminal (-1: none)."""
 
-    __slots__ = ("outputs", "pid", "start", "started_ms", "started_ns", "stdin_fd")
+    __slots__ = ("master_fd", "outputs", "pid", "start", "started_ms", "started_ns", "stdin_fd")
 
-    def __init__(self, pid: int, outputs: dict[int, int], stdin_fd: int, started_ns: int, started_ms: int) -> None:
+    def __init__(
+        self, pid: int, outputs: dict[int, int], stdin_fd: int, started_ns: int, started_ms: int, master_fd: int = -1
+    ) -> None:
         self.pid = pid
         self.start = system.start_time(pid)
         self.started_ns = started_ns
         self.started_ms = started_ms
         self.outputs = outputs
         self.stdin_fd = stdin_fd
+        self.master_fd = master_fd
 
 
 def spawn(spec: Spec, env: dict[bytes, bytes]) -> Child:
     """Start the child of `spec` with exactly `env`. Raises SpawnError when it never ran."""
+    return _spawn_on_pipes(spec, env) if spec.tty is None else _spawn_on_terminal(spec, env)
+
+
+def _spawn_on_terminal(spec: Spec, env: dict[bytes, bytes]) -> Child:
+    assert spec.tty is not None
+    try:
+        master, slave, name = terminal.open_pair(spec.tty)
+    except OSError as exc:
+        raise SpawnError("SPAWN_FAILED", f"terminal: {exc.strerror}") from exc
+    # The leader of a session that has no terminal yet gets the one that it opens.
+    actions: _Actions = [
+        (os.POSIX_SPAWN_OPEN, 0, name, os.O_RDWR, 0),
+        (os.POSIX_SPAWN_DUP2, 0, 1),
+        (os.POSIX_SPAWN_DUP2, 0, 2),
+    ]
+    try:
+        started_ns, started_ms = system.wall_ns(), system.boottime_ms()
+        pid = _spawn_within(spec, env, actions)
+    except BaseException:
+        os.close(master)
+        raise
+    finally:
+        # Until the child has it somebody must: a terminal whose other end was never open tells its end at once.
+        os.close(slave)
+    return Child(pid, {}, -1, started_ns, started_ms, master)
+
+
+def _spawn_on_pipes(spec: Spec, env: dict[bytes, bytes]) -> Child:
     ours: dict[int, int] = {}
     theirs: dict[int, int] = {}
     try:
@@ -63,7 +96,7 @@ def spawn(spec: Spec, env: dict[bytes, bytes]) -> Child:
             ours[target], theirs[target] = (write, read) if target == 0 else (read, write)
             os.set_blocking(ours[target], False)
         started_ns, started_ms = system.wall_ns(), system.boottime_ms()
-        pid = _spawn_within(spec, env, theirs)
+        pid = _spawn_within(spec, env, _onto(theirs))
     except BaseException as exc:
         for fd in (*ours.values(), *theirs.values()):
             os.close(fd)
@@ -110,7 +143,16 @@ def resolve(argv0: bytes, env: dict[bytes, bytes]) -> bytes:
     raise SpawnError("EXEC_NOT_FOUND", f"{_shown(argv0)} was not found")
 
 
-def _spawn_within(spec: Spec, env: dict[bytes, bytes], pipes: dict[int, int]) -> int:
+def _onto(pipes: dict[int, int]) -> _Actions:
+    """What puts the ends of pipes where the child looks for them, and /dev/null where it has no stdin."""
+    # In this order no descriptor is overwritten before it was duplicated: ours are 3 or higher.
+    actions: _Actions = [(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in pipes.items()]
+    if 0 not in pipes:
+        actions.append((os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0))
+    return actions
+
+
+def _spawn_within(spec: Spec, env: dict[bytes, bytes], actions: _Actions) -> int:
     try:
         os.chdir(spec.cwd)
     except OSError as exc:
@@ -119,9 +161,9 @@ def _spawn_within(spec: Spec, env: dict[bytes, bytes], pipes: dict[int, int]) ->
     limits: list[tuple[int, tuple[int, int]]] = []
     os.umask(spec.umask)
     try:
-        path = resolve(spec.argv[0], env)
+        path = resolve(spec.argv[0] if spec.program is None else spec.program, env)
         lowered = _lower_limits(spec.rlimits, limits)
-        pid = _posix_spawn(path, spec.argv, env, pipes)
+        pid = _posix_spawn(path, spec.argv, env, actions)
         for number, pair in lowered:
             _limit_child(pid, number, pair)
     finally:
@@ -134,13 +176,7 @@ def _spawn_within(spec: Spec, env: dict[bytes, bytes], pipes: dict[int, int]) ->
     return pid
 
 
-def _posix_spawn(path: bytes, argv: list[bytes], env: dict[bytes, bytes], pipes: dict[int, int]) -> int:
-    # In this order no descriptor is overwritten before it was duplicated: ours are 3 or higher.
-    actions: list[tuple[int, int, str, int, int] | tuple[int, int, int]] = [
-        (os.POSIX_SPAWN_DUP2, fd, target) for target, fd in pipes.items()
-    ]
-    if 0 not in pipes:
-        actions.append((os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0))
+def _posix_spawn(path: bytes, argv: list[bytes], env: dict[bytes, bytes], actions: _Actions) -> int:
     try:
         return os.posix_spawn(
             path,

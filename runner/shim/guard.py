@@ -12,6 +12,7 @@ import select
 from runner.shim import (
     cgroup,
     child,
+    farewell,
     fence,
     files,
     hearing,
@@ -38,12 +39,6 @@ if TYPE_CHECKING:
 LOOK_DEADLINE_MS: Final = 2_000
 # Without one, only to see whether the directory still exists.
 LOOK_IDLE_MS: Final = 30_000
-LINGER_MS: Final = 10_000
-# A record that cannot be made durable is tried again, and given up with the shim's own life.
-DURABLE_RETRY_MS: Final = 1_000
-DURABLE_WAIT_MS: Final = 60_000
-# A daemon that was told the end commits it at once: two syncs side by side would only delay each other.
-SETTLE_WAIT_MS: Final = 20
 FAULTS_MAX: Final = 3
 # No sleep that is shorter costs a lease its renewal.
 WAKE_GAP_MS: Final = 5_000
@@ -104,8 +99,9 @@ class Guard:
                 timeout_ms=wanted.timeout_ms,
                 lease=wanted.lease,
                 idle_ms=wanted.idle_ms,
+                hangup=wanted.tty is not None,
             )
-        self._point("ready")
+        self.point("ready")
         # Before the files are made: the daemon's commit, which the release waits for, runs beside them.
         self.links.tell(hearing.welcome(self))
         self.poll.register(self.links.listen(self.dirfd), _READABLE)
@@ -127,9 +123,12 @@ class Guard:
 
     def turn(self) -> None:
         """Wait for the next event or deadline and answer it. Raises whatever goes wrong."""
-        for fd, _event in self.poll.poll(self._wait_ms()):
+        for fd, event in self.poll.poll(self._wait_ms()):
             if fd in self.pipes.open:
-                self._copy(fd)
+                if self.pipes.terminal is not None:
+                    hearing.tell_taken(self, self.pipes.typed(event))
+                if event != select.POLLOUT:
+                    self._copy(fd)
             elif fd == self.pipes.stdin.fd:
                 if self.pipes.feed():
                     self.links.tell(hearing.fed(self))
@@ -145,10 +144,9 @@ class Guard:
         if self.log is not None:
             self.links.ring(self.log.end)
         if self.machine.state == machine.EXITED:
-            self._linger()
+            farewell.linger(self)
             return
-        if self.pipes.held:
-            self._let_go_on()
+        self._pace()
         if os.fstat(self.dirfd).st_nlink == 0 or (self.log is not None and self.log.gone):
             self.step(machine.FAULT, detail="the attempt's directory was deleted")
         self.step(machine.TICK)
@@ -159,13 +157,15 @@ class Guard:
             limit = LOOK_IDLE_MS
             due = self.leave_ms
             if not self.durable:
-                limit = DURABLE_RETRY_MS
-                settle_ms = self.story.ended_ms + SETTLE_WAIT_MS
+                limit = farewell.DURABLE_RETRY_MS
+                settle_ms = self.story.ended_ms + farewell.SETTLE_WAIT_MS
                 if now_ms < settle_ms and due is None:
                     due = settle_ms
         else:
             due = self.machine.deadline_ms()
             limit = LOOK_IDLE_MS if due is None else LOOK_DEADLINE_MS
+            if self.pipes.terminal is not None:
+                limit = min(limit, self.pipes.terminal.due_ms(now_ms))
         return limit if due is None else max(0, min(due - now_ms, limit))
 
     def _copy(self, fd: int) -> None:
@@ -182,16 +182,21 @@ class Guard:
         elif count == 0 and not self.pipes.open:
             self.step(machine.CLOSED)
 
-    def _let_go_on(self) -> None:
-        """Read on when there is room again, or when nobody is left to wait."""
+    def _pace(self) -> None:
+        """Read on when there is room again, when viewers have followed, or when nobody is left to wait."""
         assert self.log is not None
-        if self.machine.state not in _HOLDS:
+        terminal = self.pipes.terminal
+        if terminal is not None:
+            terminal.tick(system.boottime_ms())
+            self.pipes.pace(self.log.end, self.links.seen() if self.machine.state in _HOLDS else [])
+        elif self.pipes.held and self.machine.state not in _HOLDS:
             self.log.lift()
-        elif self.log.full():
+            self.pipes.hold(False)
+        elif self.pipes.held and not self.log.full():
+            self.pipes.hold(False)
+        if self.pipes.held:
             # Who waits for us is not idle.
             self.machine.output_ms = system.boottime_ms()
-            return
-        self.pipes.hold(False)
 
     def _hear(self, link: links.Link) -> None:
         fd = link.sock.fileno()
@@ -235,6 +240,10 @@ class Guard:
             self.step(machine.FOUND, number=living.count())
         elif action == machine.TERM:
             self.step(machine.FOUND, number=self._signal(living, signals.SIGTERM, tree.PASSES_TERM))
+        elif action == machine.HANGUP:
+            reached, count = living.hang_up()
+            self.story.sweep(reached, signals.SIGHUP, self.child.pid if self.child else 0)
+            self.step(machine.FOUND, number=count)
         elif action == machine.KILL:
             self.step(machine.FOUND, number=self._signal(living, signals.SIGKILL, tree.PASSES_KILL))
         else:
@@ -251,7 +260,7 @@ class Guard:
         assert self.tree is not None
         env, self.env = self.env, {}
         self.story.write_meta("released")
-        self._point("released")
+        self.point("released")
         refused = reason = detail = ""
         started = None
         held = self.machine.tenure.lease
@@ -273,11 +282,13 @@ class Guard:
             self._spawned(self.tree, started)
 
     def _spawned(self, living: tree.Tree, started: child.Child) -> None:
-        self._point("spawned")
+        self.point("spawned")
         self.child = self.story.child = started
         living.begin(started.pid)
         self.story.asks(living)
-        self.pipes.begin(started)
+        self.pipes.begin(started, self.spec.tty if self.spec else None)
+        if self.pipes.terminal is not None and self.log is not None:
+            self.log.begin_with(self.pipes.preface)
         self.step(machine.SPAWNED)
         try:
             self.story.write_meta("running")
@@ -305,7 +316,9 @@ class Guard:
             if self.child is not None and pid == self.child.pid and self.story.status is None:
                 self.story.child_ended(status, usage)
                 self.pipes.close_stdin()
-                self._point("child_ended")
+                if self.tree is not None and self.spec is not None and self.spec.tty is not None:
+                    self.tree.parted = self.spec.tty.leave
+                self.point("child_ended")
                 self.step(machine.ENDED)
 
     def _finish(self) -> None:
@@ -321,50 +334,16 @@ class Guard:
             self.machine.blame(f"the log could not be ended: {exc}")
             body = self.story.exit_object(self.machine, self.log)
         self._tell_exit(body, self.log)
-        self._point("exit_told")
+        self.point("exit_told")
         self.links.ring(self.log.end)
         if not self.links.greeted():
-            self._make_durable()
+            farewell.make_durable(self)
 
     def _tell_exit(self, body: dict[str, files.Json], log: output.Log) -> None:
         body["log"] = report.log_end(log)
         self.exit_json = files.encode(body).encode("ascii")
         self.exit_frame = wire.pack(wire.EXIT, self.exit_json)
         self.links.tell(self.exit_frame)
-
-    def _make_durable(self) -> None:
-        assert self.log is not None
-        self.durable_tried = True
-        self.log.sync()
-        try:
-            files.replace_durably(self.dirfd, report.EXIT_NAME, self.exit_json)
-        except FileNotFoundError as exc:
-            # No directory, no record and nobody who could find us: there is nothing to stay for.
-            files.note_failure(self.dirfd, exc)
-            self.done = True
-        except OSError as exc:
-            files.note_failure(self.dirfd, exc)
-        else:
-            self.durable = True
-            self._point("exit_durable")
-
-    def _linger(self) -> None:
-        now_ms = system.boottime_ms()
-        ended_ms = self.story.ended_ms
-        collected = self.leave_ms is not None and self.leave_ms <= now_ms
-        told = not collected and self.links.greeted() and now_ms < ended_ms + SETTLE_WAIT_MS
-        # Tried at least once, also by a shim that slept or was held right after the end; no more once the end is settled.
-        hopeful = not self.durable_tried or (not collected and now_ms < ended_ms + DURABLE_WAIT_MS)
-        if not self.durable and not self.done and not told and hopeful:
-            self._make_durable()
-            return
-        if collected:
-            self.done = True
-        elif self.links.greeted():
-            self.leave_ms = None
-        elif self.leave_ms is None:
-            # Who lets a next attempt begin waits for this lock: where nothing ran there is nobody to tell.
-            self.leave_ms = now_ms + (LINGER_MS if self.machine.spawned else 0)
 
     def _watch_signals(self) -> None:
         self.wake_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -380,7 +359,8 @@ class Guard:
             raise exc
         self.step(machine.FAULT, detail=f"{type(exc).__name__}: {exc}")
 
-    def _point(self, name: str) -> None:
+    def point(self, name: str) -> None:
+        """Where a test may end or hold this shim."""
         action = self.spec.fail.get(name) if self.spec is not None else None
         if action is not None:
             os.kill(os.getpid(), signals.SIGKILL if action == "kill" else signals.SIGSTOP)

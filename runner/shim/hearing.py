@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posix as os
 
-from runner.shim import lease, machine, process, spec, system, wire
+from runner.shim import lease, machine, process, records, spec, system, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _GREETED_ONLY: Final = (
     wire.RELEASE, wire.LEASE, wire.STOP, wire.COLLECTED, wire.ARM, wire.TRIM, wire.INPUT, wire.SIGNAL, wire.LIMIT,
 )  # fmt: skip
+# What a viewer may say, and whoever speaks for one.
+_OF_VIEWERS: Final = (wire.TYPE, wire.RESIZE, wire.SEEN, wire.LEAVE)
 # Signals that are remembered by their id: a daemon says again only what had no answer before it died.
 SIGNALS_MAX: Final = 256
 _PHASES: Final = {
@@ -28,12 +30,18 @@ _PHASES: Final = {
 
 def obey(guard: Guard, link: Link, kind: int, body: bytes) -> None:
     """Do what one message of `link` says. Raises WireError when its connection has to go."""
-    if kind == wire.HELLO:
+    if kind == wire.VIEW:
+        _let_in(guard, link)
+    elif link.viewer and kind not in (*_OF_VIEWERS, wire.ARM):
+        raise wire.WireError("not for a viewer to say")
+    elif kind in _OF_VIEWERS:
+        _look_on(guard, link, kind, body)
+    elif kind == wire.HELLO:
         wire.unpack_hello(body)
         _greet(guard, link)
     elif kind == wire.RENEW:
         guard.step(machine.LEASE, lease=lease.Lease(*wire.unpack_lease(body)))
-    elif not link.greeted:
+    elif not (link.greeted or link.viewer):
         if kind in _GREETED_ONLY:
             raise wire.WireError("a daemon speaks first")
     elif kind == wire.RELEASE:
@@ -83,9 +91,34 @@ def fed(guard: Guard) -> bytes:
     return wire.pack_fed(stdin.received, stdin.credit, closed=stdin.closed)
 
 
+def tell_taken(guard: Guard, viewers: list[bytes]) -> None:
+    """Tell everybody how much of these viewers' typing was taken."""
+    for viewer in viewers:
+        guard.links.tell(_taken(guard, viewer))
+
+
+def _taken(guard: Guard, viewer: bytes) -> bytes:
+    terminal = guard.pipes.terminal
+    received, credit = (0, 0) if terminal is None else terminal.counted(viewer)
+    closed = guard.machine.state == machine.EXITED or (terminal is not None and terminal.fd < 0)
+    return wire.pack_taken(viewer, received, credit, closed=closed)
+
+
 def _greet(guard: Guard, link: Link) -> None:
     link.greeted = True
     guard.links.displace(link, keep_controller=guard.machine.state == machine.READY)
+    _introduce(guard, link)
+
+
+def _let_in(guard: Guard, link: Link) -> None:
+    if link.greeted or guard.spec is None or guard.spec.tty is None:
+        raise wire.WireError("a daemon is no viewer, and there is no terminal")
+    if not link.viewer:
+        guard.links.admit(link)
+        _introduce(guard, link)
+
+
+def _introduce(guard: Guard, link: Link) -> None:
     guard.links.send(link, welcome(guard))
     if guard.child is not None:
         guard.links.send(link, started(guard.child))
@@ -93,6 +126,32 @@ def _greet(guard: Guard, link: Link) -> None:
             guard.links.send(link, fed(guard))
     if guard.exit_frame:
         guard.links.send(link, guard.exit_frame)
+
+
+def _look_on(guard: Guard, link: Link, kind: int, body: bytes) -> None:
+    if not (link.greeted or link.viewer):
+        raise wire.WireError("who looks on says so first")
+    terminal, log = guard.pipes.terminal, guard.log
+    if kind == wire.SEEN:
+        link.seen = wire.unpack_seen(body)
+    elif kind == wire.TYPE:
+        viewer, offset, data = wire.unpack_type(body)
+        if terminal is not None:
+            terminal.take(viewer, offset, data)
+            terminal.write()
+            guard.pipes.watch()
+        guard.links.send(link, _taken(guard, viewer))
+    elif terminal is not None and log is not None:
+        now_ns, now_ms = system.wall_ns(), system.boottime_ms()
+        if kind == wire.LEAVE:
+            changed, redraw = terminal.leave(wire.unpack_leave(body)), False
+        else:
+            viewer, gen, rows, cols, redraw = wire.unpack_resize(body)
+            changed = terminal.resize(viewer, gen, rows, cols)
+        if changed:
+            log.note(records.resize_record(terminal.rows, terminal.cols, now_ns), now_ns, now_ms)
+        elif redraw:
+            terminal.redraw(now_ms)
 
 
 def _feed(guard: Guard, link: Link, body: bytes) -> None:

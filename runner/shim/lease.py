@@ -14,6 +14,7 @@ Rule 1. A lower token changes nothing, nor does an earlier deadline under the sa
 Rule 2. A freeze can be taken back, giving up cannot: a lease that is in time thaws until the attempt is given up.
 Rule 3. Nobody could renew while the machine slept: after a wake nothing is given up for WAKE_WAIT_MS. What is lost
         is frozen meanwhile, and a freeze lasts no longer than FROZEN_MAX_MS or that wait.
+Rule 4. Where somebody may be typing (`exempt`) a loss freezes nothing: a terminal that stands still looks broken.
 """
 
 from __future__ import annotations
@@ -51,10 +52,12 @@ class Lease:
 class Tenure:
     """The lease of one attempt through its renewals, losses and sleeps; `frozen_ms` is since when it is frozen."""
 
-    __slots__ = ("_grace_ms", "_kill_wait_ms", "_patient_until_ms", "frozen_ms", "lease")
+    __slots__ = ("_exempt", "_grace_ms", "_kill_wait_ms", "_patient_until_ms", "frozen_ms", "lease")
 
-    def __init__(self, lease: Lease | None, *, grace_ms: int, kill_wait_ms: int) -> None:
-        self.lease = lease
+    def __init__(self, lease: Lease | None, *, grace_ms: int, kill_wait_ms: int, exempt: bool = False) -> None:
+        self._exempt = exempt
+        self.lease: Lease | None = None
+        self._hold(lease)
         self.frozen_ms: int | None = None
         self._grace_ms = grace_ms
         self._kill_wait_ms = kill_wait_ms
@@ -64,8 +67,13 @@ class Tenure:
         """Replace the lease, unless the new one is older; whether it was taken."""
         if lease is None or (self.lease is not None and _older(lease, self.lease, now_ms)):
             return False
-        self.lease = lease
+        self._hold(lease)
         return True
+
+    def _hold(self, lease: Lease | None) -> None:
+        self.lease = lease
+        if lease is not None and self._exempt and lease.action == ON_LOSS_FREEZE:
+            self.lease = Lease(lease.token, lease.deadline_ms, CONTINUE, lease.grace_ms)
 
     def woke(self, now_ms: int) -> None:
         """The machine has slept and woke up just now."""

@@ -3,7 +3,8 @@
 Rule 1. The shim never waits for a daemon: a message goes out at once and whole, or its connection is dropped.
 Rule 2. On `s` a daemon speaks first; the newest HELLO closes every older connection that was greeted. Only a RENEW
         needs no greeting and closes nobody: a daemon whose loop is stuck renews beside it.
-Rule 3. What a peer sends can close the peer's own connection and nothing else.
+Rule 3. A viewer's connection (VIEW) is no daemon's: it closes nobody, is closed for nobody, and commands nothing.
+Rule 4. What a peer sends can close the peer's own connection and nothing else.
 """
 
 from __future__ import annotations
@@ -25,19 +26,23 @@ SOCKET_UMASK: Final = 0o177
 BACKLOG: Final = 8
 # Connections that have not said HELLO: enough for daemons that race, too few to use up descriptors.
 STRANGERS_MAX: Final = 8
+# Connections of viewers on this machine; the oldest goes for a newer one.
+VIEWERS_MAX: Final = 32
 READ_BYTES: Final = 32_768
 
 
 class Link:
     """One connection."""
 
-    __slots__ = ("armed", "greeted", "inbox", "sock")
+    __slots__ = ("armed", "greeted", "inbox", "seen", "sock", "viewer")
 
     def __init__(self, sock: _socket.socket, *, greeted: bool) -> None:
         sock.setblocking(False)
         self.sock = sock
         self.greeted = greeted
+        self.viewer = False
         self.armed: int | None = None
+        self.seen: int | None = None  # how far the foremost of those behind it that may type has followed
         self.inbox = bytearray()
 
 
@@ -76,7 +81,7 @@ class Links:
         if not allowed(sock, os.geteuid()):
             sock.close()
             return []
-        strangers = [each for each in self.by_fd.values() if not each.greeted]
+        strangers = [each for each in self.by_fd.values() if not (each.greeted or each.viewer)]
         if len(strangers) >= STRANGERS_MAX:
             self.close(strangers[0])
         self.by_fd[fd] = Link(sock, greeted=False)
@@ -114,9 +119,20 @@ class Links:
             self.close(link)
 
     def tell(self, frame: bytes) -> None:
-        """Send a frame to everybody who was greeted."""
-        for link in self.greeted():
+        """Send a frame to everybody who was greeted, and to viewers."""
+        for link in [link for link in self.by_fd.values() if link.greeted or link.viewer]:
             self.send(link, frame)
+
+    def admit(self, link: Link) -> None:
+        """From now on it is a viewer's."""
+        viewers = [each for each in self.by_fd.values() if each.viewer]
+        if len(viewers) >= VIEWERS_MAX:
+            self.close(viewers[0])
+        link.viewer = True
+
+    def seen(self) -> list[int]:
+        """How far viewers that may type have followed, as each connection told."""
+        return [link.seen for link in self.by_fd.values() if link.seen is not None]
 
     def ring(self, end: int) -> None:
         """Ring the bell of every link that is armed below `end`, once."""

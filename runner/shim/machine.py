@@ -16,11 +16,13 @@ Rule 5. The ladder ends: when two scans in a row find nobody, or `kill_wait_ms` 
 Rule 6. A frozen tree is thawed before it is sent a TERM.
 Rule 7. Every time counts suspend, but waits that end in a verdict begin anew after a wake (WOKE): what they wait for slept too.
 Rule 8. Silence (`idle_ms`) counts from the last output, thaw or wake, whichever was last; what is frozen is not silent.
+Rule 9. What has a terminal is hung up first; TERM follows when that did not end it.
 """
 
 from __future__ import annotations
 
 from runner.shim import lease as leases
+from runner.shim.cause import Cause as Cause
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ SPAWNED, SPAWN_FAILED, FENCED = "spawned", "spawn_failed", "fenced"
 ENDED, FOUND, CLOSED = "ended", "found", "closed"
 # Actions.
 SPAWN, TERM, KILL, SCAN, FINISH = "spawn", "term", "kill", "scan", "finish"
+HANGUP = "hangup"
 FREEZE, THAW = leases.FREEZE, leases.THAW
 # Causes.
 CAUSE_NONE, CAUSE_STOP, CAUSE_TIMEOUT, CAUSE_LEASE = "none", "stop", "timeout", "lease"
@@ -49,23 +52,12 @@ RELEASE_WAIT_MS: Final = 30_000
 # Output after the end: silence that counts as the end of it, and the most that is waited for it.
 QUIET_MS: Final = 250
 DRAIN_MS: Final = 5_000
+# Between hanging up and TERM: a shell says goodbye to its jobs and writes its history meanwhile.
+HANGUP_MS: Final = 2_500
 # Scans of a dying tree start close together and spread out: most trees die at once, the others take seconds.
 SCAN_MS_MIN: Final = 20
 SCAN_MS_MAX: Final = 500
-DETAIL_MAX: Final = 512
 _NEVER: Final = leases.NEVER
-
-
-class Cause:
-    """Why an attempt ended, as in `exit.json`."""
-
-    __slots__ = ("by", "detail", "kind", "reason")
-
-    def __init__(self, kind: str, by: str = "", reason: str | None = None, detail: str = "") -> None:
-        self.kind = kind
-        self.by = by[:DETAIL_MAX]
-        self.reason = reason
-        self.detail = detail[:DETAIL_MAX]
 
 
 class Machine:
@@ -80,10 +72,11 @@ class Machine:
         timeout_ms: int | None,
         lease: Lease | None,
         idle_ms: int | None = None,
+        hangup: bool = False,
     ) -> None:
         self.state = READY
         self.cause = Cause(CAUSE_NONE)
-        self.tenure = leases.Tenure(lease, grace_ms=grace_ms, kill_wait_ms=kill_wait_ms)
+        self.tenure = leases.Tenure(lease, grace_ms=grace_ms, kill_wait_ms=kill_wait_ms, exempt=hangup)
         self.drain = "eof"
         self.survivors = 0
         self.spawned = False
@@ -95,6 +88,8 @@ class Machine:
         self._idle_ms = _NEVER if idle_ms is None else idle_ms
         self._ready_end_ms = now_ms + RELEASE_WAIT_MS
         self._timeout_at = _NEVER
+        self._hangup = hangup
+        self._term_at = _NEVER
         self._kill_at = _NEVER
         self._kill_end = _NEVER
         self._scan_at = _NEVER
@@ -137,7 +132,7 @@ class Machine:
         elif self.state == RUNNING:
             due = min(self._timeout_at, self._idle_at(), self.tenure.due_ms())
         elif self.state == STOPPING:
-            due = min(self._scan_at, self._kill_end if self._killing else self._kill_limit())
+            due = min(self._scan_at, self._kill_end if self._killing else min(self._term_at, self._kill_limit()))
         elif self.state == DRAINING:
             due = min(self._quiet_at(), self._drain_from + DRAIN_MS)
         else:
@@ -247,6 +242,8 @@ class Machine:
     def _hasten(self, now_ms: int, number: int | None, _text: str, _detail: str) -> list[str]:
         grace_ms = self._grace_ms if number is None else number
         self._kill_at = min(self._kill_at, now_ms + grace_ms)
+        if self._term_at < _NEVER:
+            self._term_at = min(self._term_at, now_ms + grace_ms // 2)
         return []
 
     def _ended_stopping(self, now_ms: int, _number: int | None, _text: str, _detail: str) -> list[str]:
@@ -274,6 +271,9 @@ class Machine:
             self._scan_step = SCAN_MS_MIN
             self._scan_at = now_ms + self._scan_step
             return [KILL]
+        if not self._killing and now_ms >= self._term_at:
+            self._term_at = _NEVER
+            return [TERM]
         if now_ms >= self._scan_at:
             self._scan_at = now_ms + self._scan_step
             return [KILL if self._killing else SCAN]
@@ -325,7 +325,10 @@ class Machine:
         self.state = STOPPING
         self._kill_at = now_ms + grace_ms
         self._scan_at = now_ms + self._scan_step
-        return [*self._thaw(), TERM]
+        if not self._hangup or self._ended:
+            return [*self._thaw(), TERM]
+        self._term_at = now_ms + min(HANGUP_MS, grace_ms // 2)
+        return [*self._thaw(), HANGUP]
 
     def _thaw(self) -> list[str]:
         if self.tenure.frozen_ms is None:

@@ -14,11 +14,12 @@ import errno
 import posix as os
 
 from runner.shim import digest, records, spec, system
+from runner.shim.counts import Dropped, Stream
 
 # ruff: noqa: SIM105 - contextlib is more than a shim may import
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from _hashlib import HASH as Hash
+    from collections.abc import Callable
     from typing import Final
 
 # The disk refused, for now: a hole. Anything else is a mistake of ours and is raised.
@@ -28,30 +29,9 @@ RETRY_MS: Final = 250
 # How much room the file system has is asked at most this often: a flood costs one call per MiB, silence none.
 FLOOR_ASK_BYTES: Final = 1_048_576
 FLOOR_ASK_MS: Final = 1_000
+# Size and modes of a terminal, at the beginning of each segment.
+PREFACE_BYTES_MAX: Final = 4_096
 _OPEN: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-
-
-class Stream:
-    """Count and digest of one stream's payload."""
-
-    __slots__ = ("bytes", "digest")
-
-    def __init__(self, digest: Hash) -> None:
-        self.bytes = 0
-        self.digest = digest
-
-
-class Dropped:
-    """The middle that made room for the newest: segments from `start` to `end`, and the digests that lead in and out of it."""
-
-    __slots__ = ("before", "end", "last", "segments", "start")
-
-    def __init__(self, start: int, before: bytes) -> None:
-        self.start = start
-        self.end = start
-        self.segments = 0
-        self.before = before  # of the segment before the first that is gone
-        self.last = before  # of the last that is gone
 
 
 class Log:
@@ -97,6 +77,7 @@ class Log:
         self._trim = 0
         self._hole = False
         self._retry_at = 0
+        self._preface: Callable[[int], bytes] | None = None
         self._slice(warm.buffer)
 
     def heed(self, wanted: spec.Spec) -> None:
@@ -107,6 +88,13 @@ class Log:
         self._head_bytes = min(wanted.head_bytes, self._spool_bytes // 2)
         if wanted.events:
             self.streams[records.EVENT] = Stream(self._empty.copy())
+        if wanted.tty is not None:
+            self.streams = {records.PTY: Stream(self._empty.copy())}
+
+    def begin_with(self, preface: Callable[[int], bytes]) -> None:
+        """From now on each segment begins with the records that `preface` makes for a time."""
+        self._preface = preface
+        self._gather += PREFACE_BYTES_MAX
 
     def copy(self, fd: int, kind: int, unix_ns: int, now_ms: int) -> int:
         """Read once from the pipe `fd` into the log; returns the bytes read, 0 at its end, -1 when it is empty."""
@@ -131,6 +119,34 @@ class Log:
                 break
         self._keep(self._buffer, sizes, unix_ns, now_ms)
         return count
+
+    def gather(self, fd: int, unix_ns: int, now_ms: int) -> memoryview | None:
+        """Read what the terminal `fd` has, as one record: its bytes (none at its end), None when it has nothing now."""
+        slot, count = self._slots[0], 0
+        while count < len(slot):
+            try:
+                got = os.readv(fd, [slot[count:]])
+            except BlockingIOError:
+                if count == 0:
+                    return None
+                break
+            except OSError as exc:
+                if exc.errno != errno.EIO:
+                    raise
+                break  # nobody has the other end open any more, and all that was written has been read
+            count += got
+        told = slot[:count]
+        if count:
+            stream = self.streams[records.PTY]
+            stream.bytes += count
+            stream.digest.update(told)
+            records.pack_header_into(self._buffer, 0, count, records.PTY, unix_ns)
+            self._keep(self._buffer, [records.HEADER_BYTES + count], unix_ns, now_ms)
+        return told
+
+    def note(self, record: bytes, unix_ns: int, now_ms: int) -> None:
+        """Keep one record of ours, of a few bytes."""
+        self._keep(memoryview(record), [len(record)], unix_ns, now_ms)
 
     def full(self) -> bool:
         """Whether the writer has to wait until something was trimmed."""
@@ -285,6 +301,8 @@ class Log:
         self._size = self._head = 0
         self._digest.begin(self._fd)
         header = records.segment_record(self._base, self.chain, self._attempt, unix_ns)
+        if self._preface is not None:
+            header += self._preface(unix_ns)
         if not self._make_room(len(header)) or self._write(header) < len(header):
             self._begin_hole(now_ms + RETRY_MS)
             return False

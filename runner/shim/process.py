@@ -76,6 +76,12 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def session(pid: int) -> int:
+    """The session of a process, 0 when it is gone."""
+    fields = system.stat_fields(pid)
+    return int(fields[3]) if len(fields) > 3 else 0
+
+
 def carries(pid: int, mark: bytes) -> bool:
     """Whether `mark` (a whole `NAME=value`) stands in the environment the process was started with."""
     whole = _strings(pid, "environ")

@@ -13,7 +13,10 @@ HEADER_BYTES: Final = 16
 PAYLOAD_MAX: Final = 65_536
 STDOUT: Final = 1
 STDERR: Final = 2
+PTY: Final = 3
+RESIZE: Final = 4
 SEGMENT: Final = 7
+MARKER: Final = 8
 EXIT: Final = 9
 EVENT: Final = 10
 # What a child writes; the last only where it was given a descriptor for it.
@@ -24,6 +27,7 @@ NO_DIGEST: Final = bytes(32)
 _HEADER: Final = _struct.Struct("<IBBHQ")
 _CHECKED: Final = _struct.Struct("<IBBQ")
 _SEGMENT: Final = _struct.Struct("<HQ32s")
+_SIZE: Final = _struct.Struct("<HH")
 
 
 class RecordError(ValueError):
@@ -54,6 +58,11 @@ def unpack_header(data: bytes | memoryview, at: int = 0) -> tuple[int, int, int]
     if length > PAYLOAD_MAX or flags != 0:
         raise RecordError("not a record of this version")
     return length, kind, unix_ns
+
+
+def resize_record(rows: int, cols: int, unix_ns: int) -> bytes:
+    """The record of a terminal's new size."""
+    return pack_record(RESIZE, _SIZE.pack(rows, cols), unix_ns)
 
 
 def segment_record(base: int, previous: bytes, attempt: bytes, unix_ns: int) -> bytes:

@@ -23,7 +23,7 @@ EXIT_NAME: Final = "exit.json"
 PROTO_RANGE: Final = (1, 1)
 # Evidence of a tree that was not ended: enough to know what it is, and the record stays within what was reserved.
 LEFT_MAX: Final = 32
-_NAMES: Final = {records.STDOUT: "stdout", records.STDERR: "stderr", records.EVENT: "events"}
+_NAMES: Final = {records.STDOUT: "stdout", records.STDERR: "stderr", records.PTY: "pty", records.EVENT: "events"}
 
 
 class UsedDirectoryError(Exception):

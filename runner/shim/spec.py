@@ -30,6 +30,9 @@ OUTLIVE_MAX: Final = 64
 HEAD_TAIL, BLOCK, DISCARD = "head_tail", "block", "discard"
 # A writer that waits must find room for one read when everything was trimmed.
 BLOCK_BYTES_MIN: Final = 1_048_576
+# A segment of a terminal's log begins with size and modes, and still has room for more than they take.
+TTY_SEGMENT_BYTES_MIN: Final = 16_384
+CELLS_MAX: Final = 1000
 # Where a test can end or hold a shim, and how.
 POINTS: Final = ("ready", "released", "spawned", "child_ended", "exit_told", "exit_durable")
 POINT_ACTIONS: Final = ("kill", "stop")
@@ -42,6 +45,18 @@ _ACTIONS: Final = {
 
 class SpecError(ValueError):
     """A spec or a release that cannot be run; the text names the key."""
+
+
+class Tty:
+    """A terminal for the child: its size to begin with, whose size counts later, and whether what stays behind is swept."""
+
+    __slots__ = ("cols", "leave", "rows", "size_policy")
+
+    def __init__(self, rows: int, cols: int, size_policy: str, leave: bool) -> None:
+        self.rows = rows
+        self.cols = cols
+        self.size_policy = size_policy
+        self.leave = leave
 
 
 class Spec:
@@ -65,6 +80,7 @@ class Spec:
         "lease",
         "outlive",
         "overflow",
+        "program",
         "rlimits",
         "secret_names",
         "segment_bytes",
@@ -72,6 +88,7 @@ class Spec:
         "stdin",
         "timeout_ms",
         "token",
+        "tty",
         "umask",
     )
 
@@ -119,6 +136,12 @@ class Spec:
         self.head_bytes = _optional_int(raw, "head_bytes", SIZE_MAX) or 0
         self.stdin = raw.get("stdin") is True
         self.events = raw.get("events") is True
+        self.program = None if raw.get("program") is None else _raw_text(raw, "program")
+        self.tty = _tty(raw)
+        if self.tty is not None and (self.stdin or self.events or self.overflow == BLOCK):
+            raise SpecError("tty: with stdin, events or overflow block")
+        if self.tty is not None and self.segment_bytes < TTY_SEGMENT_BYTES_MIN:
+            raise SpecError(f"segment_bytes: below {TTY_SEGMENT_BYTES_MIN}, with a terminal")
         self.fail = _fail(raw)
 
 
@@ -273,6 +296,19 @@ def _outlive(raw: dict[str, Json]) -> list[bytes]:
     if len(names) > OUTLIVE_MAX or not all(names):
         raise SpecError(f"outlive: more than {OUTLIVE_MAX} names, or an empty one")
     return names
+
+
+def _tty(raw: dict[str, Json]) -> Tty | None:
+    value = raw.get("tty")
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise SpecError("tty: not an object")
+    rows, cols = _int(value, "rows", CELLS_MAX), _int(value, "cols", CELLS_MAX)
+    policy, background = value.get("size_policy", "latest"), value.get("background", "sweep")
+    if rows < 1 or cols < 1 or policy not in ("latest", "smallest", "fixed") or background not in ("sweep", "leave"):
+        raise SpecError("tty: a size, size_policy or background that is not known")
+    return Tty(rows, cols, str(policy), background == "leave")
 
 
 def _fail(raw: dict[str, Json]) -> dict[str, str]:

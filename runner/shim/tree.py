@@ -47,6 +47,7 @@ class Tree:
         self.leaf = leaf
         self.outlived: dict[int, Process] = {}  # as the last look found them
         self.unseen = False  # somebody lives whom the last look did not find
+        self.parted = False  # whoever lives on, may
         self._cookie = cookie
         self._outlive = list(outlive)
         self._me = os.getpid()
@@ -77,11 +78,20 @@ class Tree:
         """Every living process of the tree that may not outlive it; zombies and the shim itself are none."""
         for _ in range(PASSES_FIND):
             kin = self._look()
-            self.unseen = not kin and not self._childless()
+            self.unseen = not kin and not self.parted and not self._childless()
             if not self.unseen:
                 break
+        if self.parted:
+            self.outlived = {pid: each for pid, each in kin.items() if pid != self._eldest}
+            return []
         self.outlived = process.spared(kin, self._outlive, self._eldest)
         return [each for each in kin.values() if each.pid not in self.outlived]
+
+    def hang_up(self) -> tuple[list[Process], int]:
+        """As `signal`, HUP to the session of the child alone: what has left it does not belong to its terminal."""
+        kin = self.find()
+        reached = [each for each in kin if process.session(each.pid) == self._eldest and send(each, signals.SIGHUP)]
+        return reached, len(kin) + self.unseen
 
     def count(self) -> int:
         """How many live, of those that may not; somebody unseen is one."""

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 PROTO: Final = 1
 HELLO, RELEASE, LEASE, STOP, COLLECTED, ARM, TRIM, RENEW = 1, 2, 3, 4, 5, 6, 7, 8
 INPUT, SIGNAL, LIMIT = 9, 10, 11
+VIEW, TYPE, RESIZE, SEEN, LEAVE = 12, 13, 14, 15, 16
 WELCOME, STARTED, EXIT, BELL = 129, 130, 131, 132
-FED, SIGNALLED = 133, 134
+FED, SIGNALLED, TAKEN = 133, 134, 135
 PHASE_READY, PHASE_RELEASED, PHASE_RUNNING, PHASE_EXITED = 1, 2, 3, 4
 FRAME_MAX: Final = 65_536
 RELEASE_MAX: Final = 262_144
@@ -22,6 +23,11 @@ DEADLINE_MS_MAX: Final = 1 << 62
 SIGNAL_MAX: Final = 64
 INPUT_END: Final = 1
 TO_CHILD, TO_TREE = 0, 1
+VIEWER_BYTES_MAX: Final = 40
+CELLS_MAX: Final = 1000
+REDRAW: Final = 1
+# In SEEN: nobody who may type follows.
+NOBODY: Final = 0xFFFF_FFFF_FFFF_FFFF
 
 _LENGTH: Final = _struct.Struct("<I")
 HELLO_BODY: Final = _struct.Struct("<HHQ")
@@ -35,6 +41,8 @@ INPUT_BODY: Final = _struct.Struct("<QB")
 FED_BODY: Final = _struct.Struct("<QQB")
 SIGNAL_BODY: Final = _struct.Struct("<8sBB")
 SIGNALLED_BODY: Final = _struct.Struct("<8sI")
+RESIZE_BODY: Final = _struct.Struct("<QHHB")
+TAKEN_BODY: Final = _struct.Struct("<QQB")
 
 
 class WireError(ValueError):
@@ -144,6 +152,74 @@ def unpack_signal(body: bytes) -> tuple[bytes, int, int]:
 def pack_signalled(name: bytes, count: int) -> bytes:
     """The SIGNALLED frame: how many processes the signal of that id reached."""
     return pack(SIGNALLED, SIGNALLED_BODY.pack(name, count))
+
+
+def pack_type(viewer: bytes, offset: int, data: bytes) -> bytes:
+    """The TYPE frame: what a viewer types, from its own `offset` on."""
+    return pack(TYPE, OFFSET_BODY.pack(offset) + _named(viewer) + data)
+
+
+def unpack_type(body: bytes) -> tuple[bytes, int, bytes]:
+    """`(viewer, offset, data)` of TYPE. Raises WireError."""
+    (offset,) = _unpack(OFFSET_BODY, body)
+    viewer, end = _viewer(body, OFFSET_BODY.size)
+    return viewer, offset, body[end:]
+
+
+def pack_resize(viewer: bytes, gen: int, rows: int, cols: int, *, redraw: bool) -> bytes:
+    """The RESIZE frame: the size of a viewer's window."""
+    return pack(RESIZE, RESIZE_BODY.pack(gen, rows, cols, REDRAW if redraw else 0) + _named(viewer))
+
+
+def unpack_resize(body: bytes) -> tuple[bytes, int, int, int, bool]:
+    """`(viewer, gen, rows, cols, redraw)` of RESIZE. Raises WireError."""
+    gen, rows, cols, flags = _unpack(RESIZE_BODY, body)
+    if not (0 < rows <= CELLS_MAX and 0 < cols <= CELLS_MAX):
+        raise WireError("no terminal has that size")
+    return _viewer(body, RESIZE_BODY.size)[0], gen, rows, cols, bool(flags & REDRAW)
+
+
+def pack_seen(offset: int | None) -> bytes:
+    """The SEEN frame: how far the foremost that may type has followed; None: nobody does."""
+    return pack(SEEN, OFFSET_BODY.pack(NOBODY if offset is None else offset))
+
+
+def unpack_seen(body: bytes) -> int | None:
+    """The offset of SEEN. Raises WireError."""
+    offset = unpack_offset(body)
+    return None if offset == NOBODY else offset
+
+
+def pack_leave(viewer: bytes) -> bytes:
+    """The LEAVE frame: a viewer is gone."""
+    return pack(LEAVE, _named(viewer))
+
+
+def unpack_leave(body: bytes) -> bytes:
+    """The viewer of LEAVE. Raises WireError."""
+    return _viewer(body, 0)[0]
+
+
+def pack_taken(viewer: bytes, received: int, credit: int, *, closed: bool) -> bytes:
+    """The TAKEN frame: how much of a viewer's typing was taken, up to where it may be sent, and whether it is over."""
+    return pack(TAKEN, TAKEN_BODY.pack(received, credit, closed) + _named(viewer))
+
+
+def unpack_taken(body: bytes) -> tuple[bytes, int, int, bool]:
+    """`(viewer, received, credit, closed)` of TAKEN. Raises WireError."""
+    received, credit, closed = _unpack(TAKEN_BODY, body)
+    return _viewer(body, TAKEN_BODY.size)[0], received, credit, bool(closed)
+
+
+def _named(viewer: bytes) -> bytes:
+    return bytes((len(viewer),)) + viewer
+
+
+def _viewer(body: bytes, at: int) -> tuple[bytes, int]:
+    length = body[at] if at < len(body) else 0
+    if not 0 < length <= VIEWER_BYTES_MAX or len(body) < at + 1 + length:
+        raise WireError("no viewer is named")
+    return body[at + 1 : at + 1 + length], at + 1 + length
 
 
 def _grace(grace_ms: int) -> int | None:

@@ -138,6 +138,7 @@ class Shim:
                 os.chown(path, owner, owner)
         ours, theirs = socket.socketpair()
         self.controller = Connection(ours)
+        self._opened: list[socket.socket] = []
         dirfd = os.open(self.dir, os.O_RDONLY | os.O_DIRECTORY)
         self.requested = time.perf_counter()
         if server is not None:
@@ -194,6 +195,7 @@ class Shim:
                 assert time.monotonic() < until, "nobody listens on s"
                 time.sleep(0.005)
             else:
+                self._opened.append(sock)
                 return Connection(sock)
 
     def exit_file(self) -> dict[str, Any]:
@@ -227,6 +229,8 @@ class Shim:
 
     def close(self) -> None:
         """Let the shim go; kill it, and what it guards, when it does not."""
+        for sock in self._opened:
+            sock.close()
         with contextlib.suppress(OSError):
             self.controller.send(wire.STOP, struct.pack("<I", 0) + b"cleanup")
             self.controller.send(wire.COLLECTED)
@@ -257,7 +261,10 @@ class Log:
     """A log as read back: payload of each stream, records, holes, segments."""
 
     def __init__(self) -> None:
-        self.streams = {records.STDOUT: b"", records.STDERR: b"", records.EVENT: b""}
+        self.streams = {records.STDOUT: b"", records.STDERR: b"", records.EVENT: b"", records.PTY: b""}
+        self.sizes: list[tuple[int, int]] = []
+        """Rows and columns of a terminal, as they are told."""
+        self.markers: list[dict[str, Any]] = []
         self.kinds: list[int] = []
         self.exit: dict[str, Any] = {}
         self.holes: list[tuple[int, int]] = []
@@ -271,6 +278,11 @@ class Log:
     def stdout(self) -> bytes:
         """What was kept of stdout."""
         return self.streams[records.STDOUT]
+
+    @property
+    def pty(self) -> bytes:
+        """What was kept of a terminal's output."""
+        return self.streams[records.PTY]
 
     @property
     def stderr(self) -> bytes:
@@ -298,6 +310,10 @@ def read_log(directory: Path, attempt: bytes) -> Log:
                 assert records.unpack_segment(payload) == (base, previous, attempt)
             elif kind == records.EXIT:
                 log.exit = json.loads(payload)
+            elif kind == records.RESIZE:
+                log.sizes.append(struct.unpack("<HH", payload))
+            elif kind == records.MARKER:
+                log.markers.append(json.loads(payload))
             else:
                 parts[kind].append(payload)
             log.kinds.append(kind)

@@ -180,7 +180,7 @@ def commands() -> dict[str, object]:
         "id with a line end": fields(cmd_id="cmd_1\n"),
         "args is a list": fields(args=[]),
         "negative time": fields(iat=-1, nbf=0, exp=0),
-        "unknown kind": fields(kind="pty.open", args={}),
+        "unknown kind": fields(kind="disk.format", args={}),
         "start on safety": fields(stream="safety", seq=None, prev=None),
         "stop on ctl": fields(kind=STOP, stream="ctl", seq=1, prev=fields()["prev"]),
         "unknown argument": fields(args=start(shell=True)),
@@ -299,7 +299,7 @@ def judgements() -> dict[str, object]:
         ("an id with other bytes", remembers, {"seq": 2, "prev": first.digest}),
         ("an id with other bytes on safety", remembers, {"kind": STOP}),
         ("expired, and all else good", fresh, {"iat": make.NOW_MS, "exp": make.NOW_MS}),
-        ("an unknown kind", fresh, {"kind": "pty.open", "args": {}}),
+        ("an unknown kind", fresh, {"kind": "disk.format", "args": {}}),
     ]
     windows: list[tuple[dict[str, Any], int]] = [({}, 0), ({}, 120_000), ({}, 120_001), ({}, -60_000), ({}, -60_001)]
     windows += [

@@ -28,11 +28,14 @@ from protocol.messages import (
     Report,
     Reported,
     Resume,
+    Taken,
+    Viewers,
     Welcome,
     encode,
 )
 from protocol.receipt import Cause, Process, Verdict
 from protocol.replay import Mark
+from protocol.terminals import sign_resized, sign_typed
 from tests.support import builders as make
 
 Line = tuple[str, Message]
@@ -52,6 +55,7 @@ def transcripts() -> dict[str, object]:
         "lists are compared, and what is missing is fetched": compared(),
         "a later attempt takes the place of an earlier one": fenced(),
         "a log is streamed": log(),
+        "a viewer of a terminal types and says its size": typed(),
         "an envelope that consumes nothing": refused(),
         "a farewell": [(PLANE, Bye(reason=Reason.SESSION_REPLACED))],
     }
@@ -212,6 +216,21 @@ def log() -> list[Line]:
         (PLANE, Ack(channel=0, offset=1_048_576, credit=5_242_880)),
         (RUNNER, LogClosed(channel=0, end=2_000_000)),
         (PLANE, Ack(channel=0, offset=2_000_000, credit=6_194_304)),
+    ]
+
+
+def typed() -> list[Line]:
+    """Each word is signed by the viewer's key; one that comes twice is answered twice and taken once."""
+    key, name, viewer = make.a_key("viewer"), "ex_1.1", "vw_1"
+    said = sign_typed(key, name, viewer, 0, b"ls\r")
+    return [
+        (PLANE, Viewers(attempt=name, seen=0, viewers=[viewer])),
+        (PLANE, sign_resized(key, name, viewer, 1, 40, 120, redraw=True)),
+        (PLANE, said),
+        (RUNNER, Taken(attempt=name, viewer=viewer, received=3, credit=262_147)),
+        (PLANE, said),
+        (RUNNER, Taken(attempt=name, viewer=viewer, received=3, credit=262_147)),
+        (PLANE, Viewers(attempt=name)),
     ]
 
 

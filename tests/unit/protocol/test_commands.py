@@ -105,7 +105,11 @@ def test_a_required_field_cannot_be_left_out(name: str) -> None:
 def test_every_kind_has_a_model_and_a_stream() -> None:
     """The tables are complete."""
     assert set(ARGS) == set(STREAM_OF) == set(Kind)
-    assert {kind for kind in Kind if STREAM_OF[kind] is Stream.SAFETY} == {Kind.EXECUTION_STOP, Kind.LEASE_RELEASE}
+    assert {kind for kind in Kind if STREAM_OF[kind] is Stream.SAFETY} == {
+        Kind.EXECUTION_STOP,
+        Kind.PTY_CLOSE,
+        Kind.LEASE_RELEASE,
+    }
 
 
 def test_arguments_are_read_by_kind() -> None:
@@ -136,7 +140,7 @@ def test_an_acquire_names_the_attempt_that_is_to_hold_its_lease() -> None:
 def test_a_kind_from_the_future_is_told_apart_from_bad_arguments() -> None:
     """The header is good, so the number is consumed, and the reason says what was not understood."""
     with pytest.raises(ArgsRefused) as refused:
-        parse_args(a_command(kind="pty.open", args={}))
+        parse_args(a_command(kind="disk.format", args={}))
     assert refused.value.reason is Reason.UNSUPPORTED_KIND
 
 

@@ -185,3 +185,17 @@ def test_a_cut_leaves_out_what_comes_before_it() -> None:
     assert [None if taken is None else taken.payload for taken in map(selection.take, log)] == [None, b"c", b"d", b"e"]
     assert list(make_view(Format.PLAIN, frozenset()).ended({})) == []
     assert Piece(Standard.OUT, b"").to.word == "stdout"
+
+
+def test_a_recording_of_a_terminal_has_its_size() -> None:
+    """The first size is the header's; that of a segment's beginning is told only where it is another, and its modes never."""
+    small, large = struct.pack("<HH", 24, 100), struct.pack("<HH", 50, 132)
+    modes = b'{"modes":{"1049":true},"keypad":false}'
+    out, _ = printed(
+        Asciicast(), (RecordKind.RESIZE, small, S), (RecordKind.MARKER, modes, S), (RecordKind.PTY, b"a", S),
+        (RecordKind.RESIZE, small, 2 * S), (RecordKind.MARKER, modes, 2 * S), (RecordKind.RESIZE, large, 3 * S),
+        (RecordKind.PTY, b"b", 3 * S),
+    )  # fmt: skip
+    header, *events = map(json.loads, out.splitlines())
+    assert header == {"version": 3, "term": {"cols": 100, "rows": 24}, "timestamp": T0 // S + 1}
+    assert events == [[0, "o", "a"], [2, "r", "132x50"], [0, "o", "b"]]

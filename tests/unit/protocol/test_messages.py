@@ -32,7 +32,11 @@ from protocol.messages import (
     Renewal,
     Report,
     Reported,
+    Resized,
     Resume,
+    Taken,
+    Typed,
+    Viewers,
     Welcome,
     decode_from_plane,
     decode_from_runner,
@@ -53,6 +57,7 @@ FROM_RUNNER: list[FromRunner] = [
     LogOpen(channel=0, attempt="ex_1.1", first=0),
     Gap(channel=0, start=0, end=1),
     LogClosed(channel=0, end=1),
+    Taken(attempt="ex_1.1", viewer="vw_1", received=3, credit=9, closed=True, reason=Reason.NOT_RUNNING),
     Bye(reason=Reason.GOING_AWAY),
 ]
 FROM_PLANE: list[FromPlane] = [
@@ -71,6 +76,9 @@ FROM_PLANE: list[FromPlane] = [
     ),
     Resume(channel=0, offset=0, credit=1),
     Ack(channel=0, offset=0, credit=1),
+    Typed(attempt="ex_1.1", viewer="vw_1", offset=0, data="bHMK", sig="A" * 86),
+    Resized(attempt="ex_1.1", viewer="vw_1", gen=1, rows=24, cols=80, redraw=True, sig="A" * 86),
+    Viewers(attempt="ex_1.1", seen=7, viewers=["vw_1", "vw_2"]),
     Bye(reason=Reason.GOING_AWAY),
 ]
 

@@ -15,14 +15,16 @@ INTERPRETER = {
 }  # fmt: skip
 STDLIB = {
     "__future__", "_ctypes", "_hashlib", "_json", "_socket", "_stat", "_struct", "binascii", "errno", "fcntl", "gc",
-    "resource", "select",
+    "resource", "select", "termios",
 }  # fmt: skip
 OURS = {
-    "runner", "runner.shim", "runner.shim.birth", "runner.shim.cgroup", "runner.shim.child", "runner.shim.digest", "runner.shim.fence",
+    "runner", "runner.shim", "runner.shim.birth", "runner.shim.cause", "runner.shim.cgroup", "runner.shim.child",
+    "runner.shim.counts", "runner.shim.digest",
+    "runner.shim.farewell", "runner.shim.fence",
     "runner.shim.feed", "runner.shim.files", "runner.shim.forkserver", "runner.shim.guard", "runner.shim.hearing", "runner.shim.lease",
-    "runner.shim.links", "runner.shim.machine", "runner.shim.output", "runner.shim.pipes",
+    "runner.shim.links", "runner.shim.machine", "runner.shim.modes", "runner.shim.output", "runner.shim.pipes",
     "runner.shim.process", "runner.shim.records", "runner.shim.rehearsal", "runner.shim.report", "runner.shim.spec",
-    "runner.shim.system", "runner.shim.tree", "runner.shim.wire",
+    "runner.shim.system", "runner.shim.terminal", "runner.shim.tree", "runner.shim.wire",
 }  # fmt: skip
 
 
