@@ -5,6 +5,7 @@ restart goes on there; whatever is lost on the way is simply read from the spool
 """
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,22 +18,18 @@ from protocol.limits import (
     CHANNELS_MAX,
     CONNECTION_WINDOW_BYTES,
     DATA_SLICE_BYTES_MAX,
-    PIECE_BYTES_MIN,
     QUANTUM_BYTES,
 )
 from protocol.messages import Ack, Blocked, Credit, Gap, LogClosed, LogOpen, Resume, Watch
 from runner import failpoints
 from runner.adapters.attemptfiles import LOG_DIR
+from runner.adapters.pace import Pace
 from runner.adapters.spool import Hole, LogReader, SpoolReader
 from runner.errors import Broken
 
 ACK_NAME: Final = "ack"
 TRIM_STEP_BYTES: Final = 1024 * 1024
 """Between two words to a shim on what is safe at the plane: seldom enough to cost nothing, often enough for the smallest spool."""
-PIECE_S: Final = 0.01
-"""A frame is to leave within this: whatever comes meanwhile waits no longer, on a line that is not slower than PIECE_BYTES_MIN in it."""
-PACE_KEPT: Final = 0.75
-"""How much of the pace that was known the next measurement leaves: a pause of the scheduler is no slow line."""
 UplinkMessage = LogOpen | Blocked | Gap | LogClosed
 
 
@@ -56,6 +53,8 @@ class _Channel:
     """The credit of which the plane was told that it blocks."""
     pending: memoryview = field(default_factory=lambda: memoryview(b""))
     """Whole records that were read from `cursor` on and are not sent yet."""
+    interactive: bool = False
+    """It is a PTY's: once somebody follows it, it goes before all else that is followed."""
     live: bool = False
     """Somebody follows it: it goes before all that nobody does."""
     deficit: int = 0
@@ -70,6 +69,11 @@ class _Channel:
     """Read to the end; a bell will tell of more."""
     failed: bool = False
     """It could not be read from where the plane wants it; the next `resume` tries again."""
+
+    @property
+    def rank(self) -> int:
+        """Its class: 0 goes first."""
+        return 2 if not self.live else 0 if self.interactive else 1
 
     def go_to(self, offset: int) -> None:
         """Go on there, in whatever segment that is."""
@@ -104,12 +108,11 @@ class Uplink:
         self._failed = failed
         self._channels: dict[str, _Channel] = {}
         self._numbers: dict[int, _Channel] = {}
-        self._turns: tuple[deque[_Channel], deque[_Channel]] = (deque(), deque())
-        """Who has something to send: what is followed, and the rest."""
+        self._turns: tuple[deque[_Channel], ...] = (deque(), deque(), deque())
+        """Who has something to send, by rank: PTYs that are followed, what else is followed, and the rest."""
         self._sent = 0
         self._credit = CONNECTION_WINDOW_BYTES
-        self._piece = DATA_SLICE_BYTES_MAX
-        self._pace = 0.0
+        self._pace = Pace()
         self._control: list[UplinkMessage] = []
         self._connected = False
 
@@ -123,15 +126,19 @@ class Uplink:
         finished: bool = False,
         end: int = 0,
         reader: Callable[[], LogReader] | None = None,
+        interactive: bool = False,
     ) -> None:
-        """Bring the log of an attempt up, read with a `reader` of its own if one is given. Raises Broken when there are too many."""
+        """Bring the log of an attempt up, read with a `reader` of its own if one is given. Raises Broken when there are too many.
+
+        `interactive`: it is a PTY's.
+        """
         if name in self._channels:
             return
         number = next((free for free in range(CHANNELS_MAX) if free not in self._numbers), None)
         if number is None:
             raise Broken(Reason.CAPACITY, "too many logs are on their way up")
         source = SpoolReader(directory / LOG_DIR) if reader is None else reader()
-        channel = _Channel(name, number, directory, source, finished=finished, signed_end=end)
+        channel = _Channel(name, number, directory, source, finished=finished, signed_end=end, interactive=interactive)
         self._channels[name] = channel
         self._numbers[number] = channel
         if self._connected:
@@ -200,12 +207,12 @@ class Uplink:
         """It changes its class, with its place in the turn."""
         if channel.live == on:
             return
-        waits = channel in self._turns[0] or channel in self._turns[1]
+        waits = channel in self._turns[channel.rank]
         if waits:
-            self._turns[not channel.live].remove(channel)
+            self._turns[channel.rank].remove(channel)
         channel.live, channel.deficit = on, 0
         if waits:
-            self._turns[not on].append(channel)
+            self._turns[channel.rank].append(channel)
 
     def _moved(self, channel: _Channel, message: Resume | Ack) -> None:
         if isinstance(message, Resume):
@@ -267,9 +274,7 @@ class Uplink:
 
     def paced(self, size: int, seconds: float) -> None:
         """A frame of `size` bytes left in so much time: how long the next ones may be."""
-        pace = size / max(seconds, 1e-6)
-        self._pace = pace if not self._pace else PACE_KEPT * self._pace + (1 - PACE_KEPT) * pace
-        self._piece = min(DATA_SLICE_BYTES_MAX, max(PIECE_BYTES_MIN, int(self._pace * PIECE_S)))
+        self._pace.left(size, seconds, time.monotonic())
 
     def close(self) -> None:
         """Give every open file back."""
@@ -296,7 +301,7 @@ class Uplink:
         self._failed(channel.name, fault.detail if isinstance(fault, RemoteError) else fault.strerror or "unknown")
 
     def _schedule(self, channel: _Channel) -> None:
-        turn = self._turns[not channel.live]
+        turn = self._turns[channel.rank]
         if self._connected and channel.cursor is not None and not channel.failed and channel not in turn:
             turn.append(channel)
             self._wake()
@@ -313,7 +318,7 @@ class Uplink:
         if room <= 0:
             self._say_blocked(channel)
             return None
-        piece = channel.pending[: min(self._piece, room, self._credit - self._sent)]
+        piece = channel.pending[: min(self._pace.piece, room, self._credit - self._sent)]
         channel.pending = channel.pending[len(piece) :]
         header = data_header(channel.number, channel.cursor, goes_on=bool(channel.pending))
         channel.passed(channel.cursor + len(piece))
@@ -356,9 +361,8 @@ class Uplink:
             channel.passed(channel.signed_end)
         if channel.finished:
             channel.closed = True
+            # Also when all of it is durable there: until this is acked, a lost connection would leave the plane waiting for the end.
             self._control.append(LogClosed(channel=channel.number, end=channel.cursor))
-            if channel.acked == channel.cursor:
-                self._done(channel)
             self._wake()
         elif not channel.idle:
             channel.idle = True

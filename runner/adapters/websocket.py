@@ -26,8 +26,9 @@ SIGN_S: Final = 12.0
 """No sign for so long after it was asked for: nobody is there. With QUIET_S less than half a lease, so a lease outlives a dead line."""
 QUEUE_FRAMES: Final = (8, 2)
 """Frames received and not yet taken (high, low): beyond it the socket is not read."""
-WRITE_BYTES: Final = 64 * 1024
-"""Buffered in the process before a send waits: at most one bulk frame is queued ahead of a heartbeat."""
+WRITE_BYTES: Final = 0
+"""Buffered in the process before a send waits: at most one bulk frame is queued ahead of a heartbeat, be it long or short. The kernel
+has NOTSENT_LOWAT_BYTES to send meanwhile, so the line does not wait for us."""
 TCP_NOTSENT_LOWAT: Final = 25
 """Of Linux; the standard library has no name for it before Python 3.12."""
 NOTSENT_LOWAT_BYTES: Final = 64 * 1024

@@ -33,13 +33,13 @@ class Line:
     def _failed(self, name: str, detail: str) -> None:
         raise AssertionError(f"{name}: {detail}")
 
-    def log(self, count: int, size: int = RECORD, credit: int = PLENTY) -> int:
+    def log(self, count: int, size: int = RECORD, credit: int = PLENTY, *, pty: bool = False) -> int:
         """A log with this much in it; its channel."""
         directory = self.directory / f"ex_{self.opened}.1"
         spool = Spool(directory / "log")
         for _ in range(count):
             spool.write(bytes(size))
-        self.uplink.track(directory.name, directory)
+        self.uplink.track(directory.name, directory, interactive=pty)
         opened = [message for message in self.uplink.messages() if isinstance(message, LogOpen)]
         self.opened += 1
         self.uplink.heard(Resume(channel=opened[0].channel, offset=0, credit=credit))
@@ -74,6 +74,22 @@ def test_what_is_followed_goes_before_all_that_is_not(line: Line) -> None:
     assert {channel for channel, _ in line.frames(8)} == {followed}
     line.uplink.heard(Watch(channel=followed, on=False))
     assert {channel for channel, _ in line.frames(6)} == {rest, followed}
+
+
+def test_a_pty_that_is_looked_at_goes_before_everything(line: Line) -> None:
+    """Before what is followed, too; while nobody looks at it, it is as any other log. Two of them share."""
+    rest, followed, looked_at, unseen = line.log(20), line.log(20), line.log(4, pty=True), line.log(20, pty=True)
+    line.uplink.heard(Watch(channel=followed, on=True))
+    assert {channel for channel, _ in line.frames(4)} == {followed}
+    line.uplink.heard(Watch(channel=looked_at, on=True))
+    assert {channel for channel, _ in line.frames(4)} == {looked_at}
+    assert {channel for channel, _ in line.frames(16)} == {followed}, "when it has nothing to say the others go on"
+    assert {channel for channel, _ in line.frames(8)} == {rest, unseen}
+    line.uplink.heard(Watch(channel=unseen, on=True))
+    line.uplink.heard(Watch(channel=rest, on=True))
+    assert {channel for channel, _ in line.frames(4)} == {unseen}
+    line.uplink.heard(Watch(channel=unseen, on=False))
+    assert {channel for channel, _ in line.frames(4)} == {rest}
 
 
 def test_logs_of_one_class_share_the_line_by_bytes(line: Line) -> None:
