@@ -1,9 +1,9 @@
 """The log channels of one session: bytes in, credit and durable ends out. No database, no parsing, no copies on this path.
 
 Rule 1: credit is absolute and counted from what was received: of each channel, and of all together. Rule 2: an ack names only what
-is durable. Rule 3: after a jump ahead the runner is told once where to go on; what was under way meanwhile is dropped.
-Rule 4: a window doubles when the runner says that it is blocked by it, and with every FLOOD_WINDOWS of it that came: grants stay few
-while much comes.
+is durable. Rule 3: after a jump ahead, or when the disk lost what came, the runner is told once where to go on; what was under way
+meanwhile is dropped. Rule 4: a window doubles when the runner says that it is blocked by it, and with every FLOOD_WINDOWS of it that
+came: grants stay few while much comes.
 """
 
 from collections.abc import Callable
@@ -64,6 +64,7 @@ class Channels:
         channel = _Channel(message.channel, log, log.end)
         self._channels[message.channel] = channel
         log.heard = lambda: self._ack(channel)
+        log.lost = lambda: self._again(channel)
         log.on_watch = lambda on: self._say(Watch(channel=channel.number, on=on))
         self._resume(channel)
         if log.durable:
@@ -153,6 +154,11 @@ class Channels:
         channel.credit = max(channel.credit, channel.log.end + channel.window)
         self._say(Resume(channel=channel.number, offset=channel.log.whole, credit=channel.credit))
 
+    def _again(self, channel: _Channel) -> None:
+        """What is under way lies ahead of where the log is now: it is dropped, as after a jump."""
+        channel.jumped = True
+        self._resume(channel)
+
     def _ack(self, channel: _Channel) -> None:
         channel.credit = max(channel.credit, channel.log.end + channel.window)
         self._say(Ack(channel=channel.number, offset=channel.log.durable, credit=channel.credit))
@@ -160,7 +166,7 @@ class Channels:
     def _release(self, number: int) -> None:
         channel = self._channels.pop(number, None)
         if channel is not None:
-            channel.log.heard = channel.log.on_watch = None
+            channel.log.heard = channel.log.lost = channel.log.on_watch = None
             self._store.give_back(channel.log)
 
 

@@ -5,8 +5,8 @@ syncs a log when much is unsynced, when its tail rests, or when it is complete, 
 written and told. After a crash the row is the truth; what the file holds beyond it is written again.
 
 Rule 1: nothing between a frame and its bytes in the file costs a transaction, a copy or a parse.
-Rule 2: `end` moves forward only. Rule 3: nothing beyond `durable` is ever acked. Rule 4: what is durable ends with a whole record,
-so a runner is never asked to go on inside one.
+Rule 2: `end` moves forward only, but for Rule 5. Rule 3: nothing beyond `durable` is ever acked. Rule 4: what is durable ends with a
+whole record, so a runner is never asked to go on inside one. Rule 5: after a sync that failed everything behind `durable` comes again.
 """
 
 import os
@@ -53,9 +53,13 @@ class Log:
         """Where it will be complete, once the runner has told."""
         self.heard: Callable[[], None] | None = None
         """Called when `durable` moved; belongs to the one session that writes."""
+        self.lost: Callable[[], None] | None = None
+        """Called when what is not durable has to come again; belongs to the same session."""
         self.on_watch: Callable[[bool], None] | None = None
         """Called when the first follower comes or the last one goes; belongs to the same session."""
         self.users = 0
+        self.watchers: Final[set[Callable[[], None]]] = set()
+        """Called when something about the log changed."""
         self._followers = 0
         self._fd = -1
         self._waiting: anyio.Event | None = None
@@ -118,6 +122,14 @@ class Log:
         self.end = self.whole = end
         self._moved()
 
+    def forget(self, start: int) -> None:
+        """What lies before `start` is given up: from here on it exists nowhere. It may be removed once the row is saved."""
+        if start > 0:
+            later = [(max(gap, start), end) for gap, end in self.gaps if end > start]
+            joined = [end for gap, end in later if gap == start]
+            self.gaps = [(0, joined[0] if joined else start), *(gap for gap in later if gap[0] > start)]
+            self._unsaved = True
+
     def close(self, end: int) -> None:
         """The runner told where the log ends; it is complete when that is reached and durable."""
         if not self.complete:
@@ -151,6 +163,7 @@ class Log:
         except BaseException as exc:
             self._unsaved = True
             if isinstance(exc, OSError):
+                self._go_back()
                 raise StoreFailed(f"a log cannot be synced: {exc.strerror}") from exc
             raise
         self.durable = max(self.durable, row.end)
@@ -167,12 +180,22 @@ class Log:
         if self._waiting is not None:
             self._waiting.set()
             self._waiting = None
+        for watcher in self.watchers:
+            watcher()
 
     async def wait(self) -> None:
         """Until something about this log changed."""
         if self._waiting is None:
             self._waiting = anyio.Event()
         await self._waiting.wait()
+
+    def _go_back(self) -> None:
+        """Forget all that is not durable: a kernel that could not write pages may drop them and call the next sync a success."""
+        self.end = self.whole = self.durable
+        self.gaps = [(start, min(end, self.end)) for start, end in self.gaps if start < self.end]
+        self.closing = None
+        if self.lost is not None:
+            self.lost()
 
     def release(self) -> None:
         """Close the file."""
@@ -185,7 +208,7 @@ class Log:
         if not self._unsaved:
             self._unsynced_since_ns = self._written_ns
             self._unsaved = True
-        if self._waiting is not None:
+        if self._waiting is not None or self.watchers:
             self.changed()
 
 
@@ -204,11 +227,16 @@ class LogStore:
         directory: Path,
         load: Callable[[str], LogRow | None],
         save: Callable[[LogRow], Awaitable[object]],
+        trim: Callable[[Log], Awaitable[None]] | None = None,
     ) -> None:
-        """`load` reads the saved row of an attempt's log; `save` writes one and returns when it is durable."""
+        """`load` reads the saved row of an attempt's log; `save` writes one and returns when it is durable.
+
+        `trim` is called behind each sync, and gives up what is not kept.
+        """
         self._directory = directory
         self._load = load
         self._save = save
+        self._trim = trim
         self._logs: dict[str, Log] = {}
         self._kick = anyio.Event()
         self._idle = True
@@ -284,6 +312,8 @@ class LogStore:
         try:
             async with limiter:
                 await log.sync(self._save)
+                if self._trim is not None:
+                    await self._trim(log)
         except StoreFailed as exc:
             # Nothing is acked, so the runner keeps it; the next tick tries again.
             _log.error("log.sync_failed", attempt=log.attempt, detail=exc.detail)
