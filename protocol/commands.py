@@ -12,6 +12,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from protocol import strict_json
+from protocol.choices import SignalName as SignalName
 from protocol.errors import ProtocolError, Reason
 from protocol.ids import GENESIS, Attempt, ExecutionId, FencingToken
 from protocol.limits import (
@@ -186,16 +187,6 @@ class PtyAttach(Closed):
     def attempt(self) -> Attempt:
         """The attempt that is looked at."""
         return Attempt(ExecutionId(self.execution_id), FencingToken(self.start_token))
-
-
-class SignalName(StrEnum):
-    """Signals that a command may send; what ends an attempt is a stop."""
-
-    HUP = "HUP"
-    INT = "INT"
-    USR1 = "USR1"
-    USR2 = "USR2"
-    WINCH = "WINCH"
 
 
 class ExecutionSignal(Closed):

@@ -52,6 +52,8 @@ class Reason(StrEnum):
     DUPLICATE_ATTEMPT = "DUPLICATE_ATTEMPT"
     UNKNOWN_TARGET = "UNKNOWN_TARGET"
     NOT_RUNNING = "NOT_RUNNING"
+    NOT_A_PTY = "NOT_A_PTY"
+    DUPLICATE_VIEWER = "DUPLICATE_VIEWER"
     ENV_DENIED = "ENV_DENIED"
     ENV_SECRET_NAME = "ENV_SECRET_NAME"  # noqa: S105 - a reason code, no secret
     SECRET_UNREADABLE = "SECRET_UNREADABLE"  # noqa: S105 - a reason code, no secret
@@ -81,6 +83,10 @@ class Reason(StrEnum):
     SHIM_LOST = "SHIM_LOST"
     SHIM_HUNG = "SHIM_HUNG"
     INFRA = "INFRA"
+    # what a viewer of a PTY says: it is not taken, and may be said again
+    UNKNOWN_VIEWER = "UNKNOWN_VIEWER"
+    READ_ONLY = "READ_ONLY"
+    OUT_OF_ORDER = "OUT_OF_ORDER"
     # the session
     BAD_FRAME = "BAD_FRAME"
     UNEXPECTED_MESSAGE = "UNEXPECTED_MESSAGE"

@@ -263,6 +263,8 @@ def _judge_hole(start: int, end: int, sums: Sums, claim: Claim, proof: Proof) ->
         proof.missing.append(f"{words}: never kept, there was no room for them")
     elif claim.dropped is not None and behind is not None and behind.previous.hex() == claim.dropped[3]:
         proof.missing.append(f"{words}: dropped to make room for the newest, as was signed")
+    elif claim.streams.keys() == {"pty"}:
+        proof.missing.append(f"{words}: only the newest of a terminal is kept")
     else:
         proof.wrong.append(f"{words} are gone: they were stored once")
 

@@ -131,9 +131,11 @@ class Asciicast:
     def __init__(self) -> None:
         self._decoders: dict[int, codecs.IncrementalDecoder] = {}
         self._last_us: int | None = None
+        self._size: tuple[int, int] | None = None
+        """The last rows and columns that were told; None where nobody has."""
 
     def show(self, record: Record) -> Iterator[Piece]:
-        """Output as `o`, input as `i`, resizes as `r`, markers as `m`, the end as `x`."""
+        """Output as `o`, input as `i`, resizes as `r`, markers as `m`, the end as `x`. A size that comes first stands in the header."""
         if (hole := gap_of(record)) is not None:
             yield from self.gap(*hole)
         elif (event := self._event(record)) is not None:
@@ -164,8 +166,12 @@ class Asciicast:
                 text = _ended_lines(kind, decoder.decode(record.payload))
                 return ("o", text) if text else None
             case RecordKind.RESIZE if len(record.payload) == _SIZE.size:
-                rows, cols = _SIZE.unpack(record.payload)
-                return "r", f"{cols}x{rows}"
+                before, (rows, cols) = self._size, _SIZE.unpack(record.payload)
+                self._size = rows, cols
+                # Each segment begins with the size as it is, which is no event.
+                return None if before == self._size or self._last_us is None else ("r", f"{cols}x{rows}")
+            case RecordKind.MARKER if "modes" in (_json_object(record.payload) or {}):
+                return None
             case RecordKind.INPUT | RecordKind.MARKER as kind:
                 return "i" if kind == RecordKind.INPUT else "m", record.payload.decode("utf-8", "replace")
             case RecordKind.EXIT:
@@ -184,7 +190,8 @@ class Asciicast:
 
     def _header(self, now_us: int | None) -> Piece:
         known = {} if not now_us else {"timestamp": now_us // _US_PER_S}
-        return _json_line({"version": 3, "term": {"cols": TERM_COLS, "rows": TERM_ROWS}, **known})
+        rows, cols = self._size or (TERM_ROWS, TERM_COLS)
+        return _json_line({"version": 3, "term": {"cols": cols, "rows": rows}, **known})
 
 
 def _ended_lines(kind: int, text: str) -> str:

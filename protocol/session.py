@@ -118,6 +118,8 @@ class RunnerSession:
 
     def outgoing(self, now_ms: int) -> list[Report]:
         """Reports to send now: what had no answer for RETRY_MS, then what is fresh, as far as REPORTS_IN_FLIGHT_MAX allows."""
+        if not (self._fresh or self._waiting):
+            return []
         silent = [sent.item for sent in self._waiting.values() if now_ms - sent.sent_ms >= RETRY_MS]
         for item in silent:
             del self._waiting[item.out_seq]

@@ -1,10 +1,12 @@
 """What starts an attempt: an execution with pipes, or a PTY. What both share stands in `Start`."""
 
-from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from protocol.choices import Background as Background
+from protocol.choices import Overflow as Overflow
+from protocol.choices import SizePolicy as SizePolicy
 from protocol.ids import Attempt, ExecutionId, FencingToken
 from protocol.limits import (
     ARGV_ITEM_BYTES_MAX,
@@ -17,36 +19,6 @@ from protocol.limits import (
     TIMEOUT_MS_MAX,
 )
 from protocol.wire import AbsolutePath, Closed, Id, Positive, RelativePath, Text, at_most_bytes
-
-
-class Overflow(StrEnum):
-    """What happens to the log of an attempt that reaches its limit."""
-
-    HEAD_TAIL = "head_tail"
-    """The beginning and the newest are kept, what was between is dropped."""
-    BLOCK = "block"
-    """Whoever writes waits until the control plane has taken some."""
-    DISCARD = "discard"
-    """The newest is not kept."""
-
-
-class SizePolicy(StrEnum):
-    """Whose size a PTY has."""
-
-    LATEST = "latest"
-    """Of the viewer that told its size last."""
-    SMALLEST = "smallest"
-    """So many rows and columns as every viewer has."""
-    FIXED = "fixed"
-    """The one it was opened with."""
-
-
-class Background(StrEnum):
-    """What becomes of processes that live on when the leader of a PTY has ended."""
-
-    SWEEP = "sweep"
-    LEAVE = "leave"
-    """They live on, and the settlement names them."""
 
 
 class PathCwd(Closed):

@@ -24,8 +24,9 @@ def loads(document: bytes, size_max: int) -> Any:
     if len(document) > size_max:
         raise JsonRefused(f"longer than {size_max} bytes")
     try:
-        # This parser has a bounded recursion and refuses what the standard one lets through: BOM, lone surrogates, bad UTF-8.
-        pydantic_core.from_json(document, allow_inf_nan=False)
+        if b"\\u" in document:
+            # Lone surrogates, the one thing that the standard parser lets through, can be written in no other way.
+            pydantic_core.from_json(document, allow_inf_nan=False)
         text = document.decode("utf-8")
     except ValueError as exc:
         raise JsonRefused("not well-formed JSON in UTF-8") from exc
@@ -47,7 +48,7 @@ def loads_object(document: bytes, size_max: int) -> dict[str, Any]:
 
 def dumps(value: object) -> bytes:
     """Write `value` compactly as UTF-8. Raises ValueError for NaN and infinities."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
+    return _ENCODER.encode(value).encode("utf-8")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -70,6 +71,10 @@ def _no_float(_literal: str) -> NoReturn:
     raise JsonRefused("floating point number")
 
 
+def _no_constant(_literal: str) -> NoReturn:
+    raise JsonRefused("not well-formed JSON in UTF-8")
+
+
 def _check_depth(value: object, depth: int) -> None:
     if not isinstance(value, dict | list):
         return
@@ -79,6 +84,7 @@ def _check_depth(value: object, depth: int) -> None:
         _check_depth(child, depth + 1)
 
 
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 _DECODER: Final = json.JSONDecoder(
-    object_pairs_hook=_object, parse_float=_no_float, parse_int=_int, parse_constant=_no_float, strict=True
+    object_pairs_hook=_object, parse_float=_no_float, parse_int=_int, parse_constant=_no_constant, strict=True
 )
