@@ -21,6 +21,7 @@ VERBS: Final = {
     "start": "runner.verbs.start",
     "status": "runner.verbs.status",
     "ps": "runner.verbs.attempts",
+    "attach": "runner.verbs.attach",
     "logs": "runner.verbs.logs",
     "log-level": "runner.verbs.daemon_logs",
     "stop": "runner.verbs.attempts",
@@ -139,6 +140,8 @@ def cli(ctx: click.Context, /, **flags: str | None) -> None:
 
 def main() -> None:
     """Entry point of the `runner` command."""
+    # No other package gets to look into what is validated here; and to search all that is installed for one takes a while.
+    os.environ["PYDANTIC_DISABLE_PLUGINS"] = "__all__"
     cli(prog_name="runner")
 
 

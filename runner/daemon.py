@@ -21,7 +21,7 @@ from protocol.execution import AttemptState
 from protocol.groups import ungrouped
 from protocol.handshake import Standing
 from protocol.keys import b64url
-from protocol.messages import InputFed
+from protocol.messages import InputFed, Taken
 from protocol.session import BeatAnswered
 from protocol.version import VERSION
 from runner import failpoints
@@ -42,6 +42,7 @@ from runner.adapters.shims import ShimAdapter
 from runner.adapters.succession import IDENTITY, JOURNAL, carry_through
 from runner.adapters.system import StateLock, SystemClock, make_private, raise_fd_limit, sd_notify
 from runner.adapters.tools import ShimTools
+from runner.adapters.typist import Typist
 from runner.adapters.uplink import Uplink, read_ack
 from runner.adapters.wake import WakeWatch
 from runner.adapters.worktrees import GitWorktrees
@@ -112,15 +113,14 @@ class Daemon:
         raise_fd_limit()
         async with AsyncExitStack() as stack:
             journal = await stack.enter_async_context(SqliteJournal(self._settings.state_dir / JOURNAL))
-            image = await journal.load()
-            engine = Engine(self._engine_identity(), self._policy, inherited(os.environ), image)
+            engine = Engine(self._engine_identity(), self._policy, inherited(os.environ), await journal.load())
             shims = self._shims(engine)
             stack.callback(shims.close)
             shims.start()
             redactor = self._redactor(engine)
             uplink = self._uplink(shims, redactor, lambda: link.wake())
             stack.callback(uplink.close)
-            inlet = self._inlet(shims, lambda fed: link.say(fed))
+            inlet, typist = self._downward(shims, lambda said: link.say(said))
             link = Link(
                 url=self._identity.url,
                 proxy=self._settings.proxy,
@@ -129,6 +129,7 @@ class Daemon:
                 clock=self._clock,
                 uplink=uplink,
                 inlet=inlet,
+                typist=typist,
                 note=lambda event, fields: hands.note(event, fields),
             )
             keeper = self._keeper(
@@ -245,14 +246,16 @@ class Daemon:
         shims.on_growth = uplink.grew
         return uplink
 
-    def _inlet(self, shims: ShimAdapter, say: Callable[[InputFed], None]) -> Inlet:
+    def _downward(self, shims: ShimAdapter, say: Callable[[InputFed | Taken], None]) -> tuple[Inlet, Typist]:
+        """What goes to shims from the session: bytes for stdin, and what viewers of PTYs type."""
         inlet = Inlet(
             self._settings.state_dir,
             feed=lambda name, offset, data, end: shims.input(name, offset, data, end=end),
             say=say,
         )
-        shims.on_fed = inlet.fed
-        return inlet
+        typist = Typist(self._settings.state_dir, shims, say)
+        shims.on_fed, shims.on_taken, shims.on_adopted = inlet.fed, typist.taken, typist.adopted
+        return inlet, typist
 
     def _owners_side(
         self,

@@ -12,7 +12,7 @@ from protocol.errors import Reason
 from protocol.execution import AttemptState
 from protocol.lease import LeaseState
 from protocol.limits import TIMEOUT_MS_MAX
-from runner.adapters.attemptfiles import AttemptFiles, read_attempt, written_end
+from runner.adapters.attemptfiles import AttemptFiles, read_attempt, shown_size, written_end
 from runner.adapters.control import ControlCall
 from runner.adapters.exitrecord import parse_exit
 from runner.adapters.retention import Retention
@@ -23,6 +23,7 @@ from runner.core.gate import shortage
 from runner.core.inputs import Input, OwnerAdmission, OwnerStop
 from runner.core.journaling import AttemptRow
 from runner.core.plans import Admission, Headroom, Phase
+from runner.core.viewers import has_terminal
 from runner.errors import Refused
 from runner.link import Link
 from runner.logdesk import LogDesk
@@ -124,6 +125,7 @@ class Desk:
             },
             "clock_offset_ms": None if offset is None else now.boot_ms + offset - now.wall_ms,
             "attempts": engine.attempts.living,
+            "ptys": sum(has_terminal(engine, row) for row in engine.attempts.living_rows()),
             "policy_digest": engine.policy.digest,
             "keyset_version": engine.keyset.value.version,
             "outbox": {"head": engine.statements.out_head, "unanswered": self._link.unanswered},
@@ -205,6 +207,7 @@ class Desk:
             "state": _shown_state(row, seen),
             "argv": list(seen.argv[:8]),
             "cwd": seen.cwd,
+            "terminal": shown_size(seen),
             "pid": pid or seen.child_pid,
             "started_ms": started_ms or seen.started_ms,
             "ended_ms": None if record is None else record.ended_ms,

@@ -31,6 +31,7 @@ NAMES: Final = frozenset(
         "attempt.forked",
         "attempt.prepared",
         "attempt.released",
+        "viewer.admitted",
         "exit.heard",
         "report.sent",
         "report.answered",

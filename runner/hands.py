@@ -18,8 +18,10 @@ from runner.adapters.keystore import Keystore
 from runner.adapters.redactor import Redactor
 from runner.adapters.shims import ShimAdapter
 from runner.adapters.uplink import Uplink
+from runner.adapters.viewerfiles import admit_viewer
 from runner.core.effects import (
     AbandonAttempt,
+    AdmitViewer,
     AdoptAttempt,
     CollectAttempt,
     CreateWorktree,
@@ -52,6 +54,8 @@ from runner.core.inputs import (
     OrphansFound,
     RemainsSwept,
     ShimSilent,
+    ViewerAdmitted,
+    ViewerNotAdmitted,
     WorktreeCreated,
     WorktreeFailed,
     WorktreeRemoved,
@@ -180,6 +184,8 @@ class DaemonHands:
                 failpoints.hit("stop.said")
             case SignalAttempt(attempt, name, signal, tree):
                 self._shims.signal(attempt, name, signal, tree=tree)
+            case AdmitViewer():
+                self._begin(self._admit_viewer, effect)
             case PushLease():
                 self._push_lease(effect)
                 failpoints.hit("lease.pushed")
@@ -187,8 +193,8 @@ class DaemonHands:
                 self._keeper.drop(attempt)
                 self._redactor.forget(attempt)
                 self._shims.collect(attempt)
-            case AdoptAttempt(attempt):
-                self._begin(self._adopt, attempt)
+            case AdoptAttempt(attempt, terminal):
+                self._begin(self._adopt, attempt, terminal)
             case SweepAttempt(attempt):
                 self._begin(self._sweep, attempt)
             case SweepRemains(attempt):
@@ -246,15 +252,14 @@ class DaemonHands:
         except (Refused, Broken) as exc:
             self._put(AttemptNotPrepared(attempt, exc.reason, exc.detail, refused=isinstance(exc, Refused)))
         except OSError as exc:
-            reason = Reason.DISK_FULL if exc.errno in _FULL else Reason.INFRA
-            self._put(AttemptNotPrepared(attempt, reason, os.strerror(exc.errno or 0), refused=False))
+            self._put(AttemptNotPrepared(attempt, *_of_disk(exc), refused=False))
         else:
             self._secrets[attempt] = secrets
             if secrets:
                 await anyio.to_thread.run_sync(self._redactor.learn, plan, secrets)
             else:
                 self._redactor.learn(plan, secrets)
-            self._track(attempt)
+            self._track(attempt, interactive=plan.terminal is not None)
             failpoints.hit("attempt.prepared")
             self._put(AttemptPrepared(attempt, shim))
 
@@ -273,10 +278,22 @@ class DaemonHands:
     async def _release(self, attempt: Attempt) -> None:
         await self._shims.release(attempt, self._secrets.pop(attempt, {}))
 
-    async def _adopt(self, attempt: Attempt) -> None:
-        self._track(attempt)
+    async def _adopt(self, attempt: Attempt, terminal: bool = False) -> None:
+        self._track(attempt, interactive=terminal)
         if await self._shims.adopt(attempt):
             self.note("attempt.adopted", {"attempt": attempt.name})
+
+    async def _admit_viewer(self, effect: AdmitViewer) -> None:
+        directory, digest = self._shims.log_dir(effect.attempt.name).parent, effect.digest
+        try:
+            await self._shims.do(admit_viewer, directory, effect.viewer, effect.key, effect.mode)
+            failpoints.hit("viewer.admitted")
+        except (Refused, Broken) as exc:
+            self._put(ViewerNotAdmitted(digest, exc.reason, exc.detail, refused=isinstance(exc, Refused)))
+        except OSError as exc:
+            self._put(ViewerNotAdmitted(digest, *_of_disk(exc), refused=False))
+        else:
+            self._put(ViewerAdmitted(digest))
 
     async def _sweep(self, attempt: Attempt) -> None:
         await self._end(attempt, self._shims.lose(attempt))
@@ -324,10 +341,15 @@ class DaemonHands:
     def _unseen(self, exc: OSError) -> None:
         self.note("orphan.unseen", {"detail": exc.strerror})
 
-    def _track(self, attempt: Attempt) -> None:
+    def _track(self, attempt: Attempt, *, interactive: bool = False) -> None:
         try:
             directory = self._shims.log_dir(attempt.name).parent
-            self._uplink.track(attempt.name, directory, reader=lambda: self._redactor.reader(attempt.name, directory))
+            self._uplink.track(
+                attempt.name,
+                directory,
+                reader=lambda: self._redactor.reader(attempt.name, directory),
+                interactive=interactive,
+            )
         except Broken as exc:
             self.note("log.failed", {"attempt": attempt.name, "reason": exc.reason})
 
@@ -351,3 +373,7 @@ class DaemonHands:
             self._put(WorktreeFailed(effect.digest, exc.reason, exc.detail, refused=isinstance(exc, Refused)))
         else:
             self._put(WorktreeRemoved(effect.digest, gone))
+
+
+def _of_disk(exc: OSError) -> tuple[Reason, str]:
+    return Reason.DISK_FULL if exc.errno in _FULL else Reason.INFRA, os.strerror(exc.errno or 0)

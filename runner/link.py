@@ -30,7 +30,11 @@ from protocol.messages import (
     Refused,
     Reported,
     ReportItem,
+    Resized,
     Resume,
+    Taken,
+    Typed,
+    Viewers,
     Watch,
     decode_from_plane,
     encode,
@@ -38,6 +42,7 @@ from protocol.messages import (
 from protocol.session import ItemsAnswered, RunnerSession
 from runner import failpoints
 from runner.adapters.inlet import Inlet
+from runner.adapters.typist import Typist
 from runner.adapters.uplink import Uplink
 from runner.adapters.websocket import ConnectionLost, PlaneConnection, dial
 from runner.core.backoff import CAP_MS, Backoff
@@ -81,6 +86,7 @@ class Link:
         clock: Clock,
         uplink: Uplink,
         inlet: Inlet,
+        typist: Typist,
         note: Callable[[str, dict[str, str | int | None]], None],
     ) -> None:
         self.status: Final = LinkStatus(url)
@@ -90,6 +96,7 @@ class Link:
         self._clock = clock
         self._uplink = uplink
         self._inlet = inlet
+        self._typist = typist
         self._note = note
         self._session: RunnerSession | None = None
         self._said: deque[Message] = deque(maxlen=SAID_MAX)
@@ -124,7 +131,7 @@ class Link:
         if self._connection is not None:
             self._connection.abort()
 
-    def say(self, message: Need | Refused | Fetch | InputFed) -> None:
+    def say(self, message: Need | Refused | Fetch | InputFed | Taken) -> None:
         """Send it if there is a session; nobody resends it."""
         if self._session is not None:
             self._said.append(message)
@@ -246,6 +253,7 @@ class Link:
             self._session = None
             self._uplink.disconnected()
             self._inlet.disconnected()
+            self._typist.disconnected()
             pump.put(SessionDown())
         if failure is not None:
             raise failure
@@ -273,6 +281,8 @@ class Link:
                 self._uplink.heard(message)
             case Input():
                 self._inlet.take(message)
+            case Typed() | Resized() | Viewers():
+                self._typist.take(message)
             case Bye():
                 conflict = message.reason is Reason.IDENTITY_CONFLICT
                 code = CloseCode.IDENTITY_CONFLICT if conflict else CloseCode.GOING_AWAY

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from protocol.errors import Reason
-from protocol.limits import HEAD_BYTES, KILL_WAIT_MS
+from protocol.limits import HEAD_BYTES, KILL_WAIT_MS, PTY_RING_BYTES, PTY_SEGMENT_BYTES
 from runner import failpoints
 from runner.adapters import cgroups
+from runner.adapters.account import Account, own_account
 from runner.adapters.attemptfiles import ATTEMPTS_DIR, attempt_directories, is_alive, read_attempt
 from runner.adapters.exitrecord import parse_exit
-from runner.core.plans import AttemptPlan, ExitRecord
+from runner.core.plans import AttemptPlan, ExitRecord, TerminalPlan
 from runner.errors import Broken, Refused, RunnerError
 
 UNRELEASED_WAIT_S: Final = 2.0
@@ -74,8 +75,8 @@ class ShimSettings(Place):
     """A spool stops growing when its file system has less free than this."""
 
 
-def spec_of(settings: ShimSettings, plan: AttemptPlan, cwd: str) -> dict[str, Any]:
-    """The spec of an attempt that runs in `cwd`."""
+def spec_of(settings: ShimSettings, plan: AttemptPlan, cwd: str, account: Account | None = None) -> dict[str, Any]:
+    """The spec of an attempt that runs in `cwd`. `account`: whose a PTY is."""
     execution = {"LOCAL_RUNNER_EXECUTION_ID": plan.attempt.execution_id}
     leaf = settings.leaf(plan.attempt.name)
     return {
@@ -95,6 +96,26 @@ def spec_of(settings: ShimSettings, plan: AttemptPlan, cwd: str) -> dict[str, An
         "events": plan.events,
         "cgroup": None if leaf is None else str(leaf),
         "fail": failpoints.for_shim() or None,
+        **({} if plan.terminal is None else _of_terminal(settings, plan, plan.terminal, account or own_account())),
+    }
+
+
+def _of_terminal(settings: ShimSettings, plan: AttemptPlan, terminal: TerminalPlan, account: Account) -> dict[str, Any]:
+    """What the spec of a PTY has otherwise. Its log is a ring, and its environment names its user."""
+    execution = {"LOCAL_RUNNER_EXECUTION_ID": plan.attempt.execution_id}
+    return {
+        "argv": list(plan.argv) or account.login_argv,
+        "program": None if plan.argv else account.shell,
+        "env": {**account.env, **plan.env, **execution},
+        "tty": {
+            "rows": terminal.rows,
+            "cols": terminal.cols,
+            "size_policy": terminal.size_policy.value,
+            "background": terminal.background.value,
+        },
+        "segment_bytes": min(settings.segment_bytes, PTY_SEGMENT_BYTES),
+        "spool_bytes": min(settings.spool_bytes, PTY_RING_BYTES),
+        "head_bytes": 0,
     }
 
 
@@ -142,19 +163,19 @@ def raise_fence(state_dir: Path, execution_id: str, token: int) -> None:
         OSError: the disk. Then the old fence stands.
     """
     directory = state_dir / FENCES_DIR
-    _make_durable_directory(directory)
+    make_durable_directory(directory)
     path = directory / execution_id
     standing = _fence(path)
     if standing is not None and standing >= token:
         return
     prepared = path.with_name(f".{path.name}")
     try:
-        _write_new(prepared, b"%d\n" % token, exclusive=False)
+        write_new(prepared, b"%d\n" % token, exclusive=False)
         os.replace(prepared, path)
     except OSError:
         prepared.unlink(missing_ok=True)
         raise
-    _sync_directory(directory)
+    sync_directory(directory)
     failpoints.hit("fence.raised")
 
 
@@ -184,7 +205,7 @@ def lay_out(path: Path, spec: dict[str, Any], roots: Sequence[str]) -> int:
         raise Refused(Reason.DUPLICATE_ATTEMPT, "its directory is there already") from exc
     try:
         failpoints.hit("attempt.dir_made")
-        _write_new(path / "spec.json", json.dumps(spec).encode("utf-8"))
+        write_new(path / "spec.json", json.dumps(spec).encode("utf-8"))
         failpoints.hit("attempt.spec_written")
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except (OSError, RunnerError):
@@ -193,7 +214,7 @@ def lay_out(path: Path, spec: dict[str, Any], roots: Sequence[str]) -> int:
         raise
 
 
-def _write_new(path: Path, content: bytes, *, exclusive: bool = True) -> None:
+def write_new(path: Path, content: bytes, *, exclusive: bool = True) -> None:
     """A durable file; its directory entry is the caller's to make durable. Raises OSError."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_EXCL if exclusive else os.O_TRUNC)
     fd = os.open(path, flags, 0o600)
@@ -206,15 +227,17 @@ def _write_new(path: Path, content: bytes, *, exclusive: bool = True) -> None:
         os.close(fd)
 
 
-def _make_durable_directory(directory: Path) -> None:
+def make_durable_directory(directory: Path) -> None:
+    """Make it, with its entry, unless it is there. Raises OSError."""
     try:
         directory.mkdir(mode=0o700)
     except FileExistsError:
         return
-    _sync_directory(directory.parent)
+    sync_directory(directory.parent)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Make the entries of a directory durable. Raises OSError."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

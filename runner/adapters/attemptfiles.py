@@ -53,6 +53,10 @@ class AttemptFiles:
     """Names of processes that may live on."""
     cgroup: str | None
     """Where its payload was to be."""
+    terminal: tuple[int, int] | None
+    """Rows and columns that its terminal was opened with; None: it has pipes."""
+    leaves: bool
+    """What it has in the background may live on when it has ended."""
 
     @property
     def name(self) -> str:
@@ -85,11 +89,11 @@ def read_attempt(directory: Path) -> AttemptFiles:
     Raises OSError when this process may open no more files.
     """
     alive = is_alive(directory)
-    ended = _object(f"{directory}/exit.json", FILE_BYTES_MAX)
-    meta = _object(f"{directory}/meta.json", FILE_BYTES_MAX) or {}
-    found_spec = _object(f"{directory}/spec.json", SPEC_BYTES_MAX)
+    ended = read_object(f"{directory}/exit.json", FILE_BYTES_MAX)
+    meta = read_object(f"{directory}/meta.json", FILE_BYTES_MAX) or {}
+    found_spec = read_object(f"{directory}/spec.json", SPEC_BYTES_MAX)
     spec = found_spec or {}
-    child, shim, started_ns = meta.get("child"), meta.get("shim"), meta.get("started_ns")
+    child, shim, started_ns, tty = meta.get("child"), meta.get("shim"), meta.get("started_ns"), spec.get("tty")
     return AttemptFiles(
         directory=directory,
         alive=alive,
@@ -105,7 +109,44 @@ def read_attempt(directory: Path) -> AttemptFiles:
         spec=found_spec is not None,
         outlive=_texts(spec.get("outlive")),
         cgroup=_text(spec.get("cgroup")) or None,
+        terminal=_size(tty),
+        leaves=isinstance(tty, dict) and tty.get("background") == "leave",
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LivingPty:
+    """A PTY whose shim lives. Rows and columns are those it was opened with."""
+
+    attempt: str
+    directory: Path
+    argv: tuple[str, ...]
+    rows: int
+    cols: int
+    started_ms: int | None
+
+
+def living_ptys(state_dir: Path) -> list[LivingPty]:
+    """PTYs of this machine that live and have not ended, oldest first. Raises OSError when this process may open no more files."""
+    found = [read_attempt(directory) for directory in attempt_directories(state_dir)]
+    ptys = [
+        LivingPty(
+            attempt=files.name,
+            directory=files.directory,
+            argv=files.argv,
+            rows=files.terminal[0],
+            cols=files.terminal[1],
+            started_ms=files.started_ms,
+        )
+        for files in found
+        if files.terminal is not None and files.alive and files.exit is None
+    ]
+    return sorted(ptys, key=lambda pty: (pty.started_ms or 0, pty.attempt))
+
+
+def shown_size(files: AttemptFiles) -> str | None:
+    """The size that a PTY was opened with, as people write it: columns first. None for what has pipes."""
+    return None if files.terminal is None else f"{files.terminal[1]}x{files.terminal[0]}"
 
 
 def written_end(directory: Path) -> int | None:
@@ -120,7 +161,7 @@ def written_end(directory: Path) -> int | None:
 
 def read_spec(directory: Path) -> dict[str, Any] | None:
     """What an attempt was started with; None when there is none, or it cannot be read."""
-    return _object(f"{directory}/spec.json", SPEC_BYTES_MAX)
+    return read_object(f"{directory}/spec.json", SPEC_BYTES_MAX)
 
 
 def segment_bases(log_dir: Path) -> list[int]:
@@ -176,7 +217,8 @@ def _opened(path: Path | str) -> int | None:
         return None
 
 
-def _object(path: Path | str, size_max: int) -> dict[str, Any] | None:
+def read_object(path: Path | str, size_max: int) -> dict[str, Any] | None:
+    """A JSON object of our format; None when there is none. Raises OSError when this process may open no more files."""
     fd = _opened(path)
     if fd is None:
         return None
@@ -196,6 +238,13 @@ def _identity(process: object) -> tuple[int, int] | None:
         return None
     pid, start = _count(process.get("pid")), _count(process.get("start"))
     return None if pid is None or start is None else (pid, start)
+
+
+def _size(tty: object) -> tuple[int, int] | None:
+    if not isinstance(tty, dict):
+        return None
+    rows, cols = _count(tty.get("rows")), _count(tty.get("cols"))
+    return None if rows is None or cols is None else (rows, cols)
 
 
 def _texts(values: object) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ LEFT_MAX: Final = 32
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True)
+    model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True, defer_build=True)
 
 
 class _Cause(_Part):

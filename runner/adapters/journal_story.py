@@ -152,17 +152,17 @@ def _asked(kind: str, args: dict[str, Any]) -> str:
     if not args:
         return ""
     match kind:
-        case Kind.EXECUTION_START:
+        case Kind.EXECUTION_START | Kind.PTY_OPEN:
             argv, cwd = [str(word) for word in args.get("argv", ())], _part(args, "cwd")
             more = " …" if len(argv) > ARGV_SHOWN else ""
             place = cwd.get("path") or f"{cwd.get('worktree_id')} {cwd.get('subdir') or ''}".rstrip()
-            return f": {shlex.join(argv[:ARGV_SHOWN])}{more} in {place}"
-        case Kind.EXECUTION_STOP:
+            return f": {shlex.join(argv[:ARGV_SHOWN]) or 'the login shell'}{more} in {place}"
+        case Kind.EXECUTION_STOP | Kind.PTY_CLOSE:
             target = _part(args, "target")
             attempt = f"{target.get('execution_id')}.{target.get('start_token')}"
             return f": {target.get('cmd_id') or attempt}"
         case _:
-            shown = {name: value for name, value in args.items() if isinstance(value, str | int)}
+            shown = {name: value for name, value in args.items() if isinstance(value, str | int) and name != "key"}
             return f": {' '.join(f'{name} {value}' for name, value in shown.items())}"
 
 

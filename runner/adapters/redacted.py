@@ -5,6 +5,7 @@ same offsets have the same bytes whoever reads when. Holding back looks like a l
 """
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
@@ -108,13 +109,14 @@ class RedactedReader:
         return Hole(found.start, found.end)
 
 
-def uploaded(log_dir: Path, needles: Needles) -> UploadedCopy | None:
+def uploaded(log_dir: Path, needles: Needles, names: Collection[str] = ("stdout", "stderr")) -> UploadedCopy | None:
     """What the uploaded copy of an ended log adds up to; None when it is the same as the log. Blocking: for a worker thread.
 
+    `names`: streams that are told of also where nothing was written to them.
     Where the beginning of the log was deleted, nobody can say any more: no stream is named. Raises OSError, RemoteError.
     """
     reader = RedactedReader(log_dir, needles, ended=True)
-    sums = {name: (0, hashlib.sha256()) for name in ("stdout", "stderr")}
+    sums = {name: (0, hashlib.sha256()) for name in names}
     try:
         offset = reader.first()
         if offset > 0:

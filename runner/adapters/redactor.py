@@ -133,7 +133,8 @@ class Redactor:
             # What made room may be at the plane, and cannot be read here any more.
             return replace(record, uploaded=unknown)
         try:
-            return replace(record, uploaded=uploaded(self._root / attempt.name / LOG_DIR, needles))
+            names = ("pty",) if "pty" in record.streams else ("stdout", "stderr")
+            return replace(record, uploaded=uploaded(self._root / attempt.name / LOG_DIR, needles, names))
         except (OSError, RemoteError) as exc:
             detail = exc.detail if isinstance(exc, RemoteError) else exc.strerror or "unknown"
             self._note("log.failed", {"attempt": attempt.name, "detail": detail})

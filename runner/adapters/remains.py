@@ -146,17 +146,19 @@ class Remains:
 
     def _unguarded(self, name: str, found: tuple[Process, ...]) -> tuple[Process, ...]:
         """Of processes that were listed: who is still there now that the lock was seen to be free, and may not be."""
-        spared = self._spared(name)
         kin = {each.pid: each for each in found if _lives(each)}
-        names = [os.fsencode(each) for each in spared.names]
-        kept = process.spared(kin, names, never=spared.child or 0)
+        kept = self._spared(name).of(kin)
         return tuple(each for pid, each in kin.items() if pid not in kept)
 
     def _spared(self, name: str) -> sweeper.Spared:
-        """Who may live on, as its spec says; when that is gone, as the owner says now."""
+        """Who may live on, as its spec says; when that is gone, as the owner says now.
+
+        A PTY that was to leave its background leaves it at its own end; without a word of its shim it has not come to that.
+        """
         files = read_attempt(self.place.root / name)
         child = files.child_pid if files.boot_id == self.place.boot_id else None
-        return sweeper.Spared(files.outlive if files.spec else tuple(self.outlive()), child)
+        names = files.outlive if files.spec else tuple(self.outlive())
+        return sweeper.Spared(names, child, all=files.leaves and files.exit is not None)
 
     # --- ending -------------------------------------------------------------------------------------------------
 

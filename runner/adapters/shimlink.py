@@ -39,6 +39,9 @@ class ShimListener(Protocol):
     def shim_fed(self, link: "ShimLink", received: int, credit: int, *, closed: bool) -> None:
         """How far stdin was received, up to where it may be sent, and whether nobody reads it any more."""
 
+    def shim_taken(self, link: "ShimLink", viewer: str, received: int, credit: int, *, closed: bool) -> None:
+        """How much of a viewer's typing was taken, up to where there is room, and whether the terminal has ended."""
+
     def shim_gone(self, link: "ShimLink") -> None:
         """The connection is closed."""
 
@@ -100,6 +103,22 @@ class ShimLink(asyncio.Protocol):
         """A signal to the child or to its tree; `name` is obeyed once."""
         self._send(wire.pack(wire.SIGNAL, wire.SIGNAL_BODY.pack(name, number, wire.TO_TREE if tree else wire.TO_CHILD)))
 
+    def type(self, viewer: str, offset: int, data: bytes) -> None:
+        """What a viewer of its terminal types, from the viewer's own `offset` on."""
+        self._send(wire.pack_type(viewer.encode("ascii"), offset, data))
+
+    def resize(self, viewer: str, gen: int, rows: int, cols: int, *, redraw: bool) -> None:
+        """The size of a viewer's window."""
+        self._send(wire.pack_resize(viewer.encode("ascii"), gen, rows, cols, redraw=redraw))
+
+    def seen(self, offset: int | None) -> None:
+        """How far the foremost viewer that may type has followed; None: nobody does."""
+        self._send(wire.pack_seen(offset))
+
+    def leave(self, viewer: str) -> None:
+        """A viewer is gone: its size counts no more."""
+        self._send(wire.pack_leave(viewer.encode("ascii")))
+
     def close(self) -> None:
         """Close the connection; before the release this is the word that nothing will ever run."""
         if self._transport is not None:
@@ -151,6 +170,9 @@ class ShimLink(asyncio.Protocol):
         elif kind == wire.FED:
             received, credit, closed = wire.FED_BODY.unpack_from(body)
             self._listener.shim_fed(self, received, credit, closed=bool(closed))
+        elif kind == wire.TAKEN:
+            viewer, received, credit, over = wire.unpack_taken(body)
+            self._listener.shim_taken(self, viewer.decode("ascii"), received, credit, closed=over)
         # Whatever a later shim says beside these is not for this version.
 
 

@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 from protocol.errors import Reason
 from protocol.ids import Attempt
 from runner import failpoints
+from runner.adapters.account import own_account
 from runner.adapters.attemptdir import ShimSettings, clear, dial, expire_fences, lay_out, raise_fence, spec_of
 from runner.adapters.attemptfiles import LOG_DIR, is_alive
 from runner.adapters.exitrecord import parse_exit
@@ -56,6 +57,10 @@ class ShimAdapter(ShimTalk):
     """Called when the log of an attempt (by name) has grown to an offset."""
     on_fed: Callable[[str, int, int, bool], None] = lambda _attempt, _received, _credit, _closed: None
     """Called when the stdin of an attempt (by name) was received up to an offset, with its credit and whether nobody reads it."""
+    on_taken: Callable[[str, str, int, int, bool], None] = lambda _attempt, _viewer, _received, _credit, _closed: None
+    """Called when a viewer of a PTY (by name) was taken up to an offset, with its credit and whether the PTY has ended."""
+    on_adopted: Callable[[str], None] = lambda _attempt: None
+    """Called when there is a new connection to the shim of an attempt (by name) that was let go before."""
     on_loss: Callable[[str], None] = lambda _why: None
     """Called when the fork server had to be replaced."""
     _server: ForkServer = field(init=False)
@@ -102,7 +107,8 @@ class ShimAdapter(ShimTalk):
         name = plan.attempt.name
         if again:
             await self.do(clear, self.settings.root / name)
-        spec = spec_of(self.settings, plan, cwd)
+        account = None if plan.terminal is None else await self.do(own_account)
+        spec = spec_of(self.settings, plan, cwd, account)
         if plan.token > 1:
             await self.do(raise_fence, self.settings.state_dir, plan.attempt.execution_id, plan.token)
         directory = await self.do(lay_out, self.settings.root / name, spec, plan.roots)
@@ -203,6 +209,10 @@ class ShimAdapter(ShimTalk):
         """Its stdin can take more."""
         self.on_fed(link.attempt, received, credit, closed)
 
+    def shim_taken(self, link: ShimLink, viewer: str, received: int, credit: int, *, closed: bool) -> None:
+        """What a viewer typed was taken."""
+        self.on_taken(link.attempt, viewer, received, credit, closed)
+
     def shim_gone(self, link: ShimLink) -> None:
         """The connection is closed: after the end that is nothing; before it, the files say what happened."""
         held = self._held.get(link.attempt)
@@ -259,6 +269,7 @@ class ShimAdapter(ShimTalk):
                 held.link.hello(self.settings.epoch)
                 self._words.setdefault(name, Words()).say(held.link)
                 await asyncio.shield(held.welcomed)
+                self.on_adopted(name)
                 return True
         except TimeoutError:
             if held is not None:

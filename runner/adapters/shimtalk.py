@@ -58,6 +58,33 @@ class ShimTalk:
             held.link.input(offset, data, end=end)
         return held is not None
 
+    def type(self, name: str, viewer: str, offset: int, data: bytes) -> ShimLink | None:
+        """What a viewer of a PTY (by name) types; returns the connection that it went over, None without one."""
+        held = self._held.get(name)
+        if held is None:
+            return None
+        held.link.type(viewer, offset, data)
+        return held.link
+
+    def resize(self, name: str, viewer: str, gen: int, rows: int, cols: int, *, redraw: bool) -> bool:
+        """The size of a viewer's window; False when there is no connection to its shim."""
+        held = self._held.get(name)
+        if held is not None:
+            held.link.resize(viewer, gen, rows, cols, redraw=redraw)
+        return held is not None
+
+    def seen(self, name: str, offset: int | None) -> None:
+        """How far the foremost viewer that may type has followed a PTY (by name); None: nobody who may type does."""
+        held = self._held.get(name)
+        if held is not None:
+            held.link.seen(offset)
+
+    def leave(self, name: str, viewer: str) -> None:
+        """A viewer's size counts no more."""
+        held = self._held.get(name)
+        if held is not None:
+            held.link.leave(viewer)
+
     def limit(self, name: str, size: int) -> None:
         """The log of an attempt (by name) has to be smaller; said again by whoever looks again."""
         held = self._held.get(name)

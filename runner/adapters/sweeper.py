@@ -37,10 +37,20 @@ SHIM_WAIT_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Spared:
-    """Who may outlive an attempt: processes that go by one of `names`, and what they started, but never the `child` itself."""
+    """Who may outlive an attempt: processes that go by one of `names`, and what they started, but never the `child` itself.
+
+    `all`: whoever is left, but for the child.
+    """
 
     names: Sequence[str] = ()
     child: int | None = None
+    all: bool = False
+
+    def of(self, kin: dict[int, Process]) -> dict[int, Process]:
+        """Those of `kin` who may."""
+        if self.all:
+            return {pid: each for pid, each in kin.items() if pid != self.child}
+        return process.spared(kin, [os.fsencode(name) for name in self.names], never=self.child or 0)
 
 
 NOBODY: Final = Spared()
@@ -165,7 +175,7 @@ class _Sweep:
             for pid in process.children(waiting.pop()):
                 if pid not in kin and pid != os.getpid() and _note(kin, pid, DESCENDANTS):
                     waiting.append(pid)
-        self._kept = _spared(kin, self._spared)
+        self._kept = self._spared.of(kin)
         return [each for pid, each in kin.items() if pid not in self._kept]
 
     def _kept_inside(self) -> list[Process]:
@@ -202,10 +212,6 @@ def _note(kin: dict[int, Process], pid: int, tier: str) -> bool:
     if living is not None:
         kin[pid] = living
     return living is not None
-
-
-def _spared(kin: dict[int, Process], spared: Spared) -> dict[int, Process]:
-    return process.spared(kin, [os.fsencode(name) for name in spared.names], never=spared.child or 0)
 
 
 def _line(each: Process) -> str:

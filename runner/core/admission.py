@@ -6,7 +6,8 @@ that is about to use it, and refused with the same reasons.
 
 import posixpath
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Final
 
 from protocol.commands import (
@@ -17,7 +18,10 @@ from protocol.commands import (
     ExecutionStart,
     Kind,
     LeaseAcquire,
+    Overflow,
     PathCwd,
+    PtyOpen,
+    Start,
     Stream,
     WorktreeCreate,
     WorktreeCwd,
@@ -28,8 +32,8 @@ from protocol.ids import CommandId, WorktreeId
 from protocol.keyset import Keyset
 from protocol.limits import GRACE_MS
 from protocol.replay import freshness
-from runner.core.environment import refuse_env, refuse_names
-from runner.core.plans import AttemptPlan, RemovalPlan, WorktreePlan
+from runner.core.environment import refuse_env, refuse_names, terminal_env
+from runner.core.plans import AttemptPlan, RemovalPlan, TerminalPlan, WorktreePlan
 from runner.core.policy import Policy
 
 PENDING_MAX: Final = 1024
@@ -64,22 +68,24 @@ def refuse_header(header: Command, keyset: Keyset, policy: Policy, plane_ms: int
     if STREAM_OF.get(header.kind) is not Stream.CTL:
         # No policy can admit it: `parse_args` says whether it is unknown or on the wrong stream.
         return None
-    if _right(header.kind) not in policy.kinds:
+    if policy.kinds.isdisjoint(_RIGHTS.get(header.kind, (header.kind,))):
         return Refusal(Reason.POLICY_DENIED, "the owner's policy does not admit this kind")
     if header.need is not None:
         return Refusal(Reason.APPROVAL_MISSING, "it wants approvals, and none is given")
     return None
 
 
-def _right(kind: str) -> str:
-    """The kind whose admission covers `kind`: who may start may keep what was started alive, and signal it."""
-    return Kind.EXECUTION_START if kind in (Kind.LEASE_ACQUIRE, Kind.EXECUTION_SIGNAL) else kind
+_STARTS: Final = (Kind.EXECUTION_START, Kind.PTY_OPEN)
+_RIGHTS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {Kind.LEASE_ACQUIRE: _STARTS, Kind.EXECUTION_SIGNAL: _STARTS, Kind.PTY_ATTACH: (Kind.PTY_OPEN,)}
+)
+"""Kinds one of which covers another: who may start may keep what was started alive, signal it, and let people look at it."""
 
 
 def refuse_args(header: Command, args: Args, policy: Policy, living: int) -> Refusal | None:
     """Judge the arguments of a command that the policy admits by its kind."""
     match args:
-        case ExecutionStart():
+        case Start():
             return _refuse_start(header, args, policy, living)
         case ExecutionSignal():
             allowed = args.signal in policy.signals
@@ -98,7 +104,7 @@ def refuse_args(header: Command, args: Args, policy: Policy, living: int) -> Ref
             return None
 
 
-def _refuse_start(header: Command, start: ExecutionStart, policy: Policy, living: int) -> Refusal | None:
+def _refuse_start(header: Command, start: Start, policy: Policy, living: int) -> Refusal | None:
     if living >= policy.concurrent_max:
         return Refusal(Reason.CAPACITY, f"{policy.concurrent_max} attempts are the owner's limit", RETRY_AFTER_MS)
     names = [secret.name for secret in start.secrets]
@@ -146,11 +152,11 @@ def worktree_resource(worktree_id: str) -> str:
     return f"worktree:{worktree_id}"
 
 
-def attempt_plan(header: Command, start: ExecutionStart, policy: Policy, base: Mapping[str, str]) -> AttemptPlan:
+def attempt_plan(header: Command, start: Start, policy: Policy, base: Mapping[str, str]) -> AttemptPlan:
     """What an admitted start will do. `base` is what children inherit of the machine."""
     managed = start.cwd if isinstance(start.cwd, WorktreeCwd) else None
     grace_ms = GRACE_MS if start.grace_ms is None else start.grace_ms
-    return AttemptPlan(
+    plan = AttemptPlan(
         attempt=start.attempt,
         cmd_id=CommandId(header.cmd_id),
         argv=tuple(start.argv),
@@ -158,7 +164,7 @@ def attempt_plan(header: Command, start: ExecutionStart, policy: Policy, base: M
         worktree_id=WorktreeId(managed.worktree_id) if managed else None,
         subdir=managed.subdir if managed else None,
         pre_head=header.pre.head if header.pre else None,
-        env={**base, **start.env},
+        env={**(terminal_env(base) if isinstance(start, PtyOpen) else base), **start.env},
         secrets={secret.name: secret.sealed for secret in start.secrets},
         timeout_ms=start.timeout_ms,
         grace_ms=min(grace_ms, policy.grace_ms_max),
@@ -166,9 +172,20 @@ def attempt_plan(header: Command, start: ExecutionStart, policy: Policy, base: M
         token=header.lease.token if header.lease else start.start_token,
         outlive=policy.outlive,
         idle_ms=start.idle_timeout_ms,
-        overflow=start.overflow,
-        input_key=None if start.stdin is None else start.stdin.key,
-        events=start.events,
+    )
+    match start:
+        case ExecutionStart():
+            key = None if start.stdin is None else start.stdin.key
+            return replace(plan, overflow=start.overflow, input_key=key, events=start.events)
+        case PtyOpen():
+            return replace(plan, overflow=Overflow.HEAD_TAIL, terminal=_terminal_plan(start))
+        case _:
+            raise AssertionError("a start is one or the other")
+
+
+def _terminal_plan(start: PtyOpen) -> TerminalPlan:
+    return TerminalPlan(
+        rows=start.size.rows, cols=start.size.cols, size_policy=start.size_policy, background=start.background
     )
 
 

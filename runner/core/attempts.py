@@ -13,8 +13,8 @@ from protocol.commands import (
     Args,
     AttemptTarget,
     Command,
-    ExecutionStart,
     ExecutionStop,
+    Start,
     WorktreeCwd,
 )
 from protocol.envelope import Verified
@@ -74,7 +74,7 @@ class Attempts:
 
     def living_beside(self, args: Args) -> int:
         """Living attempts of other executions than the one that `args` start: those of one run one after the other."""
-        execution_id = args.execution_id if isinstance(args, ExecutionStart) else None
+        execution_id = args.execution_id if isinstance(args, Start) else None
         living = sum(1 for attempt in self._live if attempt.execution_id != execution_id)
         # What could not be ended keeps its place: it still uses the machine.
         return living + len(self._engine.orphans.survivors)
@@ -91,14 +91,14 @@ class Attempts:
         """Attempts that are not settled, oldest first."""
         return [self.rows[attempt] for attempt in self._live]
 
-    def resources(self, start: ExecutionStart) -> dict[str, bool]:
+    def resources(self, start: Start) -> dict[str, bool]:
         """What a start must hold: the execution alone, its worktree beside other attempts."""
         managed = {resource(start.cwd.worktree_id): False} if isinstance(start.cwd, WorktreeCwd) else {}
         return {f"execution:{start.execution_id}": True, **managed}
 
     # --- start --------------------------------------------------------------------------------------------------
 
-    def admit(self, command: Verified[Command], start: ExecutionStart, now: Now) -> list[Effect] | Refusal:
+    def admit(self, command: Verified[Command], start: Start, now: Now) -> list[Effect] | Refusal:
         """Journal INTENT, or say why not. An older living attempt of the execution is told to end first."""
         attempt = start.attempt
         known = self.rows.get(attempt)
@@ -142,7 +142,7 @@ class Attempts:
         detail = f"token {lease.token}, ttl {lease.ttl_ms} ms, on_loss {lease.on_loss}"
         return (AppendLeaf("lease.granted", row.attempt.name, detail, self._engine.policy.digest, now.wall_ms),)
 
-    def begin(self, command: Verified[Command], start: ExecutionStart, now: Now) -> list[Effect]:
+    def begin(self, command: Verified[Command], start: Start, now: Now) -> list[Effect]:
         """The claims are held: a shim is wanted."""
         attempt = start.attempt
         if attempt.name in self._engine.ledger.tombstones:
@@ -265,6 +265,7 @@ class Attempts:
             CollectAttempt(row.attempt),
             Note("attempt.settled", {"attempt": row.attempt.name}),
             *self._engine.signals.ended(row.attempt, now),
+            *self._engine.viewers.ended(row.attempt, now),
             *self._engine.free(row.digest, now),
         ]
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from protocol.commands import ViewerMode
 from protocol.envelope import Verified
 from protocol.identity import Certificate
 from protocol.ids import Attempt, Digest
@@ -97,6 +98,20 @@ class SignalAttempt:
 
 
 @dataclass(frozen=True, slots=True)
+class AdmitViewer:
+    """Let a viewer of a PTY in, durably: from then on what is signed with its `key` counts, as far as its `mode` goes.
+
+    The same once more is done once; `ViewerAdmitted` or `ViewerNotAdmitted` answers the command `digest`.
+    """
+
+    attempt: Attempt
+    viewer: str
+    key: str
+    mode: ViewerMode
+    digest: Digest
+
+
+@dataclass(frozen=True, slots=True)
 class PushLease:
     """Tell a shim its deadline (BOOTTIME), and see to it that the lease is renewed even if this process is starved."""
 
@@ -119,9 +134,10 @@ class CollectAttempt:
 
 @dataclass(frozen=True, slots=True)
 class AdoptAttempt:
-    """Connect to the living shim of an attempt; its end is heard from then on."""
+    """Connect to the living shim of an attempt; its end is heard from then on. `terminal`: it is a PTY."""
 
     attempt: Attempt
+    terminal: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +216,7 @@ Effect = (
     | AbandonAttempt
     | StopAttempt
     | SignalAttempt
+    | AdmitViewer
     | PushLease
     | CollectAttempt
     | AdoptAttempt

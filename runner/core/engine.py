@@ -18,10 +18,11 @@ from protocol.commands import (
     Audience,
     Command,
     ExecutionSignal,
-    ExecutionStart,
     ExecutionStop,
     LeaseAcquire,
     LeaseRelease,
+    PtyAttach,
+    Start,
     Stream,
     WorktreeCreate,
     WorktreeRemove,
@@ -65,6 +66,8 @@ from runner.core.inputs import (
     SessionUp,
     ShimSilent,
     Tick,
+    ViewerAdmitted,
+    ViewerNotAdmitted,
     Woke,
     WorktreeCreated,
     WorktreeFailed,
@@ -81,6 +84,9 @@ from runner.core.signals import Signals
 from runner.core.statements import Statements
 from runner.core.takeback import take_back
 from runner.core.trees import Trees
+from runner.core.viewers import Viewers
+
+_Queued = Start | WorktreeCreate | WorktreeRemove
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +126,7 @@ class Engine:
         self.claims: Final[Claims[Digest]] = Claims()
         self.attempts: Final = Attempts(self, image.attempts)
         self.signals: Final = Signals(self)
+        self.viewers: Final = Viewers(self)
         self.leases: Final = Leases(self)
         self.trees: Final = Trees(self, image.worktrees)
         self.gate: Final = Gate(self, image)
@@ -127,7 +134,7 @@ class Engine:
         self.orphans: Final = Orphans(self)
         self.base_env: Final = base_env
         self._answered: list[int] = []
-        self._waiting: dict[Digest, tuple[Verified[Command], Args]] = {}
+        self._waiting: dict[Digest, tuple[Verified[Command], _Queued]] = {}
         self.inbox: Final = Inbox(self)
         self.keys = identity.keyset.value.keys_for(Role.COMMAND, Role.SAFETY)
         """What commands may be signed with."""
@@ -160,6 +167,8 @@ class Engine:
                 return self.attempts.lost(happened, now)
             case AttemptSignalled():
                 return self.signals.answered(happened, now)
+            case ViewerAdmitted() | ViewerNotAdmitted():
+                return self.viewers.heard(happened, now)
             case WorktreeCreated() | WorktreeRemoved() | WorktreeFailed():
                 return self.trees.heard(happened, now)
             case OwnerStop():
@@ -169,14 +178,8 @@ class Engine:
                 return [Note("policy.loaded", {"policy_digest": policy.digest})]
             case Tick() | Woke() | HeadroomMeasured() | OwnerAdmission():
                 return self._machine(happened, now)
-            case ShimSilent():
-                return self.orphans.silent(happened, now)
-            case OrphansFound():
-                return self.orphans.found(happened, now)
-            case RemainsSwept():
-                return self.orphans.swept(happened, now)
-            case OwnerSweep():
-                return self.orphans.owner_sweep(happened, now)
+            case ShimSilent() | OrphansFound() | RemainsSwept() | OwnerSweep():
+                return self.orphans.heard(happened, now)
             case _:
                 assert_never(happened)
 
@@ -187,11 +190,8 @@ class Engine:
                 return [effect for part in parts for effect in part(now)]
             case Woke():
                 return self.rhythm.woke(happened, now)
-            case HeadroomMeasured(headroom):
-                self.gate.headroom = headroom
-                return []
-            case OwnerAdmission():
-                return self.gate.owner(happened, now)
+            case HeadroomMeasured() | OwnerAdmission():
+                return self.gate.heard(happened, now)
             case _:
                 assert_never(happened)
 
@@ -255,11 +255,13 @@ class Engine:
                 return self.attempts.stop(command, args, now)
             case ExecutionSignal():
                 return self.signals.send(command, args, now)
+            case PtyAttach():
+                return self.viewers.attach(command, args, now)
             case LeaseRelease():
                 return self.leases.release(command, args, now)
             case LeaseAcquire():
                 return self.leases.acquire(command, args, now)
-            case ExecutionStart() | WorktreeCreate() | WorktreeRemove():
+            case Start() | WorktreeCreate() | WorktreeRemove():
                 return self._enqueue(command, args, now)
             case _:
                 assert_never(args)
@@ -268,13 +270,11 @@ class Engine:
         buried = self.ledger.tombstones.get(header.cmd_id)
         return None if buried is None else Refusal(Reason.CANCELLED_BEFORE_START, "it was stopped before it came")
 
-    def _enqueue(
-        self, command: Verified[Command], args: ExecutionStart | WorktreeCreate | WorktreeRemove, now: Now
-    ) -> list[Effect]:
+    def _enqueue(self, command: Verified[Command], args: _Queued, now: Now) -> list[Effect]:
         if len(self._waiting) >= PENDING_MAX:
             return self.refuse(command.digest, Refusal(Reason.CAPACITY, "too many commands are pending"), now)
         effects: list[Effect] = []
-        if isinstance(args, ExecutionStart):
+        if isinstance(args, Start):
             admitted = self.attempts.admit(command, args, now)
             if isinstance(admitted, Refusal):
                 return self.refuse(command.digest, admitted, now)
@@ -290,9 +290,8 @@ class Engine:
     def _begin(self, digest: Digest, now: Now) -> list[Effect]:
         """The claims are granted: judge what may have changed while it waited, and do it."""
         command, args = self._waiting.pop(digest)
-        if isinstance(args, ExecutionStart):
+        if isinstance(args, Start):
             return self.attempts.begin(command, args, now)
-        assert isinstance(args, WorktreeCreate | WorktreeRemove), "nothing else waits"
         return self.trees.begin(command, args, now)
 
     def reopen(self, digest: Digest) -> tuple[Verified[Command], Args] | Refusal:
@@ -317,6 +316,8 @@ class Engine:
             return self._enqueue(command, args, now)
         if isinstance(args, ExecutionSignal):
             return self.signals.send(command, args, now, again=True)
+        if isinstance(args, PtyAttach):
+            return self.viewers.attach(command, args, now, again=True)
         effects = self._judge(command, now)
         refused = self.ledger.commands[digest].receipt_seq is not None
         return effects + (self.attempts.forget_intent(digest, now) if refused else [])

@@ -77,6 +77,13 @@ _SECRET: Final = re.compile(
 )
 DEFAULT_PATH: Final = "/usr/local/bin:/usr/bin:/bin"
 DEFAULT_LANG: Final = "C.UTF-8"
+DEFAULT_TERM: Final = "xterm-256color"
+"""What every viewer can show, and every system has a description of."""
+OF_A_TERMINAL: Final = ("COLUMNS", "LINES", "TMUX", "TMUX_*", "STY", "TERM", "TERM_*", "COLORTERM", "VSCODE_*")
+"""Names that tell of the terminal that somebody started the daemon in."""
+_LOCALES: Final = ("LC_ALL", "LC_CTYPE", "LANG")
+"""In the order in which they count for the encoding."""
+_UTF_8: Final = re.compile(r"utf-?8", re.IGNORECASE)
 
 
 def inherited(own: Mapping[str, str]) -> dict[str, str]:
@@ -86,6 +93,17 @@ def inherited(own: Mapping[str, str]) -> dict[str, str]:
     if not any(name in kept for name in ("LANG", "LC_ALL", "LC_CTYPE")):
         kept["LANG"] = DEFAULT_LANG
     return kept
+
+
+def terminal_env(base: Mapping[str, str]) -> dict[str, str]:
+    """What the child of a PTY gets of what children inherit: its terminal by name, in UTF-8, and no other terminal's words."""
+    kept = {name: value for name, value in base.items() if not matches(name, OF_A_TERMINAL)}
+    spoken = next((kept[name] for name in _LOCALES if kept.get(name)), "")
+    if not _UTF_8.search(spoken):
+        # What stands above LANG would undo it.
+        kept = {name: value for name, value in kept.items() if name not in _LOCALES}
+        kept["LANG"] = DEFAULT_LANG
+    return {**kept, "TERM": DEFAULT_TERM, "COLORTERM": "truecolor"}
 
 
 def refuse_env(names: Iterable[str], policy: Policy) -> tuple[Reason, str] | None:

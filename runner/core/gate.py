@@ -8,12 +8,12 @@ Rule 1: nothing here touches what runs, but for a drain at its deadline. Rule 2:
 
 from typing import TYPE_CHECKING, Final
 
-from protocol.commands import Args, ExecutionStart, WorktreeCreate
+from protocol.commands import Args, Start, WorktreeCreate
 from protocol.errors import Reason
 from protocol.events import EventKind
 from runner.core.admission import RETRY_AFTER_MS, RETRY_AFTER_MS_MAX, Refusal
 from runner.core.effects import Effect, Note, Persist
-from runner.core.inputs import Now, OwnerAdmission
+from runner.core.inputs import HeadroomMeasured, Now, OwnerAdmission
 from runner.core.journaling import Image, PutAdmission
 from runner.core.plans import Admission, Headroom
 from runner.core.policy import Policy
@@ -41,7 +41,7 @@ class Gate:
 
     def refusal(self, args: Args) -> Refusal | None:
         """Why new work is not taken now; None for everything that is no new work."""
-        if not isinstance(args, ExecutionStart | WorktreeCreate):
+        if not isinstance(args, Start | WorktreeCreate):
             return None
         if self.admission is not Admission.OPEN:
             reason = Reason.PAUSED if self.admission is Admission.PAUSED else Reason.DRAINING
@@ -52,6 +52,13 @@ class Gate:
             return None
         after_ms, self._retry_after_ms = self._retry_after_ms, min(2 * self._retry_after_ms, RETRY_AFTER_MS_MAX)
         return Refusal(*short, after_ms)
+
+    def heard(self, happened: HeadroomMeasured | OwnerAdmission, now: Now) -> list[Effect]:
+        """What is left was measured, or the owner's word."""
+        if isinstance(happened, OwnerAdmission):
+            return self.owner(happened, now)
+        self.headroom = happened.headroom
+        return []
 
     def owner(self, wanted: OwnerAdmission, now: Now) -> list[Effect]:
         """The owner opens or closes it; the same word twice is one, but for a new deadline, or when it is to be kept now."""

@@ -91,6 +91,23 @@ class AttemptSignalled:
 
 
 @dataclass(frozen=True, slots=True)
+class ViewerAdmitted:
+    """The viewer that the command `digest` names is let in to its PTY, durably."""
+
+    digest: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class ViewerNotAdmitted:
+    """The command `digest` had no effect. `refused`: the asker's doing, not ours."""
+
+    digest: Digest
+    reason: Reason
+    detail: str
+    refused: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ShimSilent:
     """The shim of an attempt holds its lock and does not answer."""
 
@@ -205,6 +222,8 @@ Input = (
     | AttemptExited
     | AttemptLost
     | AttemptSignalled
+    | ViewerAdmitted
+    | ViewerNotAdmitted
     | ShimSilent
     | OrphansFound
     | RemainsSwept

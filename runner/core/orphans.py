@@ -8,7 +8,7 @@ Rule 1: only what carries our cookie, or was recorded with its start time, is to
 attempt is no orphan; the adapter knows the names.
 """
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, assert_never
 
 from protocol.errors import Reason
 from protocol.events import EventKind
@@ -57,6 +57,20 @@ class Orphans:
         self.survivors: dict[Attempt, int] = {}
         """Settled attempts of which processes live on that could not be ended: each takes the place of one that lives."""
         self._told: set[str] = set()
+
+    def heard(self, happened: ShimSilent | OrphansFound | RemainsSwept | OwnerSweep, now: Now) -> list[Effect]:
+        """What was seen or done, and the owner's word."""
+        match happened:
+            case ShimSilent():
+                return self.silent(happened, now)
+            case OrphansFound():
+                return self.found(happened, now)
+            case RemainsSwept():
+                return self.swept(happened, now)
+            case OwnerSweep():
+                return self.owner_sweep(happened, now)
+            case _:
+                assert_never(happened)
 
     # --- time ---------------------------------------------------------------------------------------------------
 

@@ -4,8 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from protocol.commands import OnLoss
+from protocol.commands import Background, OnLoss, SizePolicy
 from protocol.ids import Attempt, CommandId, Digest, WorktreeId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TerminalPlan:
+    """The terminal that the child of a PTY gets instead of pipes. Rows and columns are those it is opened with."""
+
+    rows: int
+    cols: int
+    size_policy: SizePolicy
+    background: Background
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,6 +25,7 @@ class AttemptPlan:
     attempt: Attempt
     cmd_id: CommandId
     argv: tuple[str, ...]
+    """Empty: the login shell of the runner's user."""
     cwd: str | None
     worktree_id: WorktreeId | None
     subdir: str | None
@@ -38,6 +49,8 @@ class AttemptPlan:
     input_key: str | None = None
     """Who may write to its stdin; None: nobody, there is none."""
     events: bool = False
+    terminal: TerminalPlan | None = None
+    """None: its child has pipes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

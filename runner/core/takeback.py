@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from protocol.commands import ExecutionStart
+from protocol.commands import Start
 from protocol.errors import Reason
 from protocol.events import EventKind
 from protocol.execution import AttemptState
@@ -30,6 +30,7 @@ from runner.core.journaling import AttemptRow, PutAttempt
 from runner.core.plans import Observed
 from runner.core.recovery import RecoveryStep, decide
 from runner.core.trees import resource
+from runner.core.viewers import has_terminal
 
 if TYPE_CHECKING:
     from runner.core.engine import Engine
@@ -122,7 +123,7 @@ def adopt(engine: "Engine", attempt: Attempt, now: Now) -> list[Effect]:
     """Connect, and say again what the shim may not have heard: its deadline, and a stop."""
     row = engine.attempts.rows[attempt]
     engine.leases.expect_loss(row, now)
-    adopted = [AdoptAttempt(attempt), *engine.leases.push(row, now, lifted=True)]
+    adopted = [AdoptAttempt(attempt, has_terminal(engine, row)), *engine.leases.push(row, now, lifted=True)]
     if row.stop_by is None:
         return adopted
     engine.orphans.expect_stop(attempt, row.stop_grace_ms, now)
@@ -139,7 +140,7 @@ def _start_again(engine: "Engine", row: AttemptRow, now: Now) -> list[Effect]:
     if isinstance(reopened, Refusal):
         return engine.attempts.never(row.attempt, reopened, now)
     command, start = reopened
-    assert isinstance(start, ExecutionStart), "an attempt comes from a start"
+    assert isinstance(start, Start), "an attempt comes from a start"
     # The deadline in the journal may be of another boot, whose clock says nothing about this one.
     lease = engine.leases.granted(command.value, row, now)
     row = replace(row, state=AttemptState.INTENT, shim=None, lease=lease)
@@ -154,6 +155,6 @@ def sealed_secrets(engine: "Engine", attempt: Attempt) -> dict[str, str] | None:
     if row is None or row.digest not in engine.ledger.commands:
         return None
     reopened = engine.reopen(row.digest)
-    if isinstance(reopened, Refusal) or not isinstance(reopened[1], ExecutionStart):
+    if isinstance(reopened, Refusal) or not isinstance(reopened[1], Start):
         return None
     return {secret.name: secret.sealed for secret in reopened[1].secrets}

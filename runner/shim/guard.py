@@ -123,7 +123,10 @@ class Guard:
 
     def turn(self) -> None:
         """Wait for the next event or deadline and answer it. Raises whatever goes wrong."""
-        for fd, event in self.poll.poll(self._wait_ms()):
+        events = self.poll.poll(self._wait_ms())
+        if not events:
+            self._appear()
+        for fd, event in events:
             if fd in self.pipes.open:
                 if self.pipes.terminal is not None:
                     hearing.tell_taken(self, self.pipes.typed(event))
@@ -167,6 +170,15 @@ class Guard:
             if self.pipes.terminal is not None:
                 limit = min(limit, self.pipes.terminal.due_ms(now_ms))
         return limit if due is None else max(0, min(due - now_ms, limit))
+
+    def _appear(self) -> None:
+        """Listen anew when somebody deleted the socket: the next daemon looks for it."""
+        listener = self.links.listener
+        if listener is None or os.access(links.SOCKET_NAME, os.F_OK, dir_fd=self.dirfd, follow_symlinks=False):
+            return
+        self.poll.unregister(listener.fileno())
+        listener.close()
+        self.poll.register(self.links.listen(self.dirfd), _READABLE)
 
     def _copy(self, fd: int) -> None:
         assert self.log is not None

@@ -58,7 +58,8 @@ class Modes:
             end = at + len(_PRIVATE)
             while end < whole and text[end] in _PARAMETERS:
                 end += 1
-            if end < whole and text[end] in b"hl":
+            # What is longer is no sequence, cut or whole.
+            if end < whole and text[end] in b"hl" and end - at < SEQUENCE_BYTES_MAX:
                 for number in text[at + len(_PRIVATE) : end].split(b";"):
                     if number:
                         self._set(int(number[:8]), text[end] == ord("h"))

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 def ps(ctx: click.Context, everything: bool, as_json: bool) -> None:
     """List the attempts on this machine: those that live, or all that are still known.
 
-    Without a daemon the list comes from the attempts' own files, which say less.
+    A PTY has a TTY: the columns and rows that it was opened with. Without a daemon the list comes from the attempts' own
+    files, which say less.
 
     \b
     Examples:
@@ -43,10 +44,13 @@ def ps(ctx: click.Context, everything: bool, as_json: bool) -> None:
         print_json(said)
     else:
         now_ms = wall_ms()
-        print_table(
-            ("ATTEMPT", "STATE", "PID", "AGE", "ENDED", "LOG", "COMMAND"),
-            [_row(one, now_ms) for one in said["attempts"]],
-        )
+        rows = [_row(one, now_ms) for one in said["attempts"]]
+        titles: tuple[str, ...] = ("ATTEMPT", "STATE", "PID", "AGE", "ENDED", "LOG", "COMMAND")
+        if any(one.get("terminal") for one in said["attempts"]):
+            titles = (*titles[:3], "TTY", *titles[3:])
+            sizes = [str(one.get("terminal") or "-") for one in said["attempts"]]
+            rows = [(*row[:3], size, *row[3:]) for row, size in zip(rows, sizes, strict=True)]
+        print_table(titles, rows)
         if omitted := said.get("omitted"):
             click.echo(f"{omitted} older ones are left out", err=True)
         if (admission := said.get("admission") or {}).get("state", "open") != "open":
@@ -75,7 +79,7 @@ def _from_files(settings: "Settings", *, everything: bool) -> list[dict[str, Any
 
 
 def _told(files: "AttemptFiles") -> dict[str, Any]:
-    from runner.adapters.attemptfiles import written_end
+    from runner.adapters.attemptfiles import shown_size, written_end
 
     execution_id, _dot, token = files.name.rpartition(".")
     ended = files.exit or {}
@@ -88,6 +92,7 @@ def _told(files: "AttemptFiles") -> dict[str, Any]:
         "state": files.state,
         "argv": list(files.argv),
         "cwd": files.cwd,
+        "terminal": shown_size(files),
         "pid": files.child_pid,
         "started_ms": files.started_ms,
         "ended_ms": ended_ns // 1_000_000 if isinstance(ended_ns, int) else None,
@@ -117,8 +122,8 @@ def shell_status(ended: dict[str, Any]) -> int:
 @as_json
 @click.pass_context
 def stop(ctx: click.Context, execution_id: str, grace: int | None, as_json: bool) -> None:
-    """Stop an execution: TERM to all of its processes, then KILL. The control plane is told that it was stopped here,
-    once it can be. The stop is ordered when this returns; `runner logs -f` shows the end.
+    """Stop an execution: TERM to all of its processes, then KILL; a PTY is hung up first. The control plane is told that
+    it was stopped here, once it can be. The stop is ordered when this returns; `runner logs -f` shows the end.
 
     \b
     Examples:

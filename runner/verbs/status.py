@@ -59,7 +59,7 @@ def _facts(said: dict[str, Any]) -> list[tuple[str, str]]:
         ("session", _session(session)),
         ("clock", "unknown" if offset is None else f"{show_duration(offset)} from the control plane's"),
         ("admission", show_admission(said.get("admission") or {})),
-        ("attempts", f"{said.get('attempts')} living"),
+        ("attempts", f"{said.get('attempts')} living{_of_them(said.get('ptys'))}"),
         ("policy", str(said.get("policy_digest"))),
         ("keyset", f"version {said.get('keyset_version')}"),
         ("reports", f"not all answered, {outbox.get('head')} in all" if unanswered else "all answered"),
@@ -72,6 +72,10 @@ def _facts(said: dict[str, Any]) -> list[tuple[str, str]]:
     if survivors := said.get("survivors"):
         facts.append(("survivors", f"{survivors} processes of ended attempts cannot be ended"))
     return facts
+
+
+def _of_them(ptys: int | None) -> str:
+    return "" if not ptys else f", {ptys} of them PTYs"
 
 
 def _session(session: dict[str, Any]) -> str:

@@ -19,12 +19,14 @@ from protocol.envelope import digest_of
 from protocol.ids import Digest
 from protocol.receipt import Outcome, Receipt, Settlement, Verdict
 from protocol.replay import Mark
+from tests.support.builders import a_key
 from tests.support.hostile_plane import WAIT_S, payload_of
 from tests.support.repositories import git, make_repository
 from tests.support.siege import Siege, siege
 from tests.support.stand import poll
 
 ASLEEP: Final = ["sh", "-c", "sleep 600"]
+SIZE: Final = {"rows": 24, "cols": 80}
 LEASE_TTL_MS: Final = 60_000
 
 
@@ -139,6 +141,51 @@ class Crash:
 
         return Order(env, proven)
 
+    async def pty(self) -> Order:
+        """A PTY whose program leaves a line each time it runs."""
+        execution, lines = self.system.new_execution(), self.fresh("lines")
+        args = {"execution_id": execution, "argv": ["sh", "-c", f"tty -s && echo ran >> {lines}"], "size": SIZE}
+        env = self.system.start(args, kind=Kind.PTY_OPEN)
+
+        async def proven(receipt: Receipt) -> None:
+            assert receipt.outcome is Outcome.ACCEPTED, receipt
+            ended = await self.settled(execution)
+            assert (ended.verdict, ended.code, list(ended.streams)) == (Verdict.EXITED, 0, ["pty"])
+            assert lines.read_text() == "ran\n", "it ran once"
+
+        return Order(env, proven)
+
+    async def attach(self) -> Order:
+        """A viewer is let in to a PTY."""
+        execution = await self._shown()
+        key = a_key("viewer").public.x
+        args = {"execution_id": execution, "start_token": 1, "viewer": "v_1", "key": key, "mode": "rw"}
+        env = self.system.plane.command(Kind.PTY_ATTACH, args)
+
+        async def proven(receipt: Receipt) -> None:
+            assert (receipt.outcome, receipt.result) == (Outcome.DONE, {"viewer": "v_1", "mode": "rw"}), receipt
+            viewers = self.system.stand.state / "x" / f"{execution}.1" / "viewers"
+            assert [each.name for each in viewers.iterdir()] == ["v_1"], "one file, and no draft"
+            other = self.system.plane.command(Kind.PTY_ATTACH, args | {"key": a_key("other").public.x})
+            assert (await self.system.plane.fate(other)).reason == "DUPLICATE_VIEWER"
+
+        async def ended() -> None:
+            await self.system.plane.fate(self._closing(execution))
+            await self.settled(execution)
+
+        return Order(env, proven, ended)
+
+    async def close(self) -> Order:
+        """A PTY is closed."""
+        execution = await self._shown()
+
+        async def proven(receipt: Receipt) -> None:
+            assert receipt.outcome is Outcome.DONE, receipt
+            assert (await self.settled(execution)).verdict is Verdict.STOPPED
+            assert self.alive(execution) == []
+
+        return Order(self._closing(execution), proven)
+
     async def early_stop(self) -> Order:
         """The end of something that has not come; when it comes, it does not run."""
         execution, lines = self.system.new_execution(), self.fresh("lines")
@@ -240,6 +287,22 @@ class Crash:
 
         await poll(sleeps, "its child")
         return execution, lease
+
+    async def _shown(self) -> str:
+        """A PTY whose program waits."""
+        execution = self.system.new_execution()
+        args = {"execution_id": execution, "argv": ASLEEP, "size": SIZE}
+        receipt = await self._done_by_a_quiet_daemon(self.system.start(args, kind=Kind.PTY_OPEN))
+        assert receipt.outcome is Outcome.ACCEPTED
+
+        async def sleeps() -> bool:
+            return len(self.alive(execution)) > 0
+
+        await poll(sleeps, "its child")
+        return execution
+
+    def _closing(self, execution: str) -> bytes:
+        return self.system.plane.command(Kind.PTY_CLOSE, {"target": _attempt(execution), "grace_ms": 1000})
 
     async def _done_by_a_quiet_daemon(self, env: bytes) -> Receipt:
         """Done before anything is armed."""

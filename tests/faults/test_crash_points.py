@@ -11,8 +11,9 @@ from tests.faults.crash import Crash, crash
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
 
-ALL: Final = ("start", "stop", "early_stop", "release", "acquire", "create", "remove")
-ENDING: Final = ("start", "stop", "release")
+ALL: Final = ("start", "stop", "early_stop", "release", "acquire", "create", "remove", "attach")
+STARTING: Final = ("start", "pty")
+ENDING: Final = ("start", "stop", "release", "pty")
 TREES: Final = ("create", "remove")
 
 
@@ -34,14 +35,15 @@ ROWS: Final = (
     Row("C7b", "attempt.spec_written", ("start",)),
     Row("C7c", "attempt.forked", ("start",)),
     Row("C8", "attempt.prepared", ("start",)),
-    Row("C10a", "journal.before_commit", ("start", "stop", "release", *TREES), hit=2),
-    Row("C11a", "journal.after_commit", ("start", "stop", "release", *TREES), hit=2),
-    Row("C8b", "attempt.released", ("start",)),
+    Row("C10a", "journal.before_commit", ("start", "stop", "release", "attach", *TREES), hit=2),
+    Row("C11a", "journal.after_commit", ("start", "stop", "release", "attach", *TREES), hit=2),
+    Row("C8b", "attempt.released", STARTING),
+    Row("C8c", "viewer.admitted", ("attach",)),
     Row("C9", "exit.heard", ENDING),
     Row("C10b", "journal.before_commit", ("start",), hit=3),
     Row("C11b", "journal.after_commit", ("start",), hit=3),
     Row("L1", "lease.pushed", ("acquire",), hit=2),
-    Row("S1", "stop.said", ("stop", "release")),
+    Row("S1", "stop.said", ("stop", "release", "close")),
     Row("C12", "report.sent", ALL),
     Row("C13", "report.answered", ALL),
     Row("W1", "worktree.marker_written", ("create",)),

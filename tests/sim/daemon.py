@@ -17,6 +17,7 @@ from protocol.keys import PrivateKey, b64url
 from protocol.keyset import Root
 from protocol.messages import Message
 from runner.adapters.inlet import Inlet
+from runner.adapters.typist import Typist
 from runner.adapters.wake import WakeWatch
 from runner.core.effects import Effect
 from runner.core.engine import Engine, EngineIdentity
@@ -172,6 +173,7 @@ class Daemon:
         engine.watch = self._stepped
         self.link = Link(
             inlet=Inlet(Path("/nowhere"), feed=lambda *_: False, say=lambda _fed: None),
+            typist=Typist(Path("/nowhere"), NoLogs(), lambda _taken: None),  # type: ignore[arg-type]
             url="ws://plane",
             proxy=None,
             standing=self._standing,

@@ -12,6 +12,7 @@ from protocol.errors import Reason
 from protocol.ids import Attempt
 from runner.core.effects import (
     AbandonAttempt,
+    AdmitViewer,
     AdoptAttempt,
     CollectAttempt,
     CreateWorktree,
@@ -133,8 +134,8 @@ class Hands:
 
     def _perform(self, effect: Effect) -> None:
         match effect:
-            case Persist() | Note() | SignalAttempt():
-                raise AssertionError("not for hands, and no user of these worlds sends signals")
+            case Persist() | Note() | SignalAttempt() | AdmitViewer():
+                raise AssertionError("not for hands, and no user of these worlds sends signals or looks at a PTY")
             case Say(message):
                 self.daemon.link.say(message)
             case SendBeat():

@@ -14,6 +14,7 @@ from protocol.receipt import Outcome
 from protocol.replay import Mark
 from runner.core.effects import (
     AbandonAttempt,
+    AdmitViewer,
     AdoptAttempt,
     CollectAttempt,
     CreateWorktree,
@@ -43,6 +44,8 @@ from tests.support.engine import (
     opened_settlement,
 )
 
+PTYS: Final = "ex_2"
+"""The execution whose attempts are PTYs."""
 BEATS_MAX: Final = 3
 """Beats whose answers may still come."""
 
@@ -96,6 +99,8 @@ class Machine(RuleBasedStateMachine):
         self.connected: set[Attempt] = set()
         self.preparing: list[PrepareAttempt] = []
         self.trees: list[CreateWorktree | RemoveWorktree] = []
+        self.viewers: list[AdmitViewer] = []
+        """On their way in."""
         self.ends: list[Input] = []
         """On their way to the daemon: ends, silences, sweeps of remains, looks at all processes."""
         self.sweeps: list[Attempt] = []
@@ -188,6 +193,11 @@ class Machine(RuleBasedStateMachine):
                 self.beats = [*self.beats, (self.world.now.boot_ms, self.world.now.wall_ms, asked)][-BEATS_MAX:]
             case CreateWorktree() | RemoveWorktree():
                 self.trees.append(effect)
+            case AdmitViewer(attempt):
+                row = self.world.journal.attempts[attempt]
+                assert attempt.execution_id == PTYS, "only a PTY has viewers"
+                assert row.state not in (AttemptState.INTENT, AttemptState.SETTLED), "only what lives is looked at"
+                self.viewers.append(effect)
             case _:
                 pass
 
@@ -281,7 +291,7 @@ class Machine(RuleBasedStateMachine):
         self.admission = self.kept
         for number, wanted in enumerate(self.preparing):
             self.leave_half_prepared(wanted, (left + number) % 4)
-        self.preparing, self.trees, self.ends, self.sweeps, self.beats = [], [], [], [], []
+        self.preparing, self.trees, self.ends, self.sweeps, self.beats, self.viewers = [], [], [], [], [], []
         self.connected.clear()
         for found in self.directories.values():
             found.unheard = None

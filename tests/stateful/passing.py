@@ -1,8 +1,11 @@
 """What time, leases, sleep, the owner and broken shims do to the machine of machine.py, in any order."""
 
+from typing import Any
+
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 
+from protocol.commands import Kind
 from protocol.errors import Reason
 from protocol.execution import AttemptState
 from protocol.ids import Attempt
@@ -11,7 +14,7 @@ from protocol.messages import Hint, Renewal
 from protocol.session import BeatAnswered
 from runner.core.inputs import AttemptLost, EnvelopeReceived, OwnerAdmission, SessionDown, SessionUp, Tick, Woke
 from runner.core.plans import Admission, LeaseAction
-from tests.stateful.machine import Machine
+from tests.stateful.machine import PTYS, Machine
 from tests.support.builders import an_attempt
 from tests.support.engine import an_exit
 
@@ -35,12 +38,13 @@ class PassingMachine(Machine):
         return {"res": f"exec:{execution_id}", "token": token, "ttl_ms": TTL_MS, "on_loss": on_loss}
 
     def sign_start(self, execution_id: str, token: int, on_loss: str | None, worktree: str | None) -> None:
-        """A start of this attempt, with a lease or without."""
-        over = {} if on_loss is None else {"lease": self.grant(execution_id, on_loss, token)}
-        if worktree is None:
-            self.ctl.append(self.world.start(execution_id, token, **over))
-        else:
-            self.ctl.append(self.world.start_in(worktree, execution_id, token, **over))
+        """A start of this attempt, with a lease or without; those of one execution are PTYs."""
+        over: dict[str, Any] = {} if on_loss is None else {"lease": self.grant(execution_id, on_loss, token)}
+        args: dict[str, Any] = {} if worktree is None else {"cwd": {"type": "worktree", "worktree_id": worktree}}
+        if execution_id == PTYS:
+            args |= {"argv": [], "size": {"rows": 24, "cols": 80}}
+            over["kind"] = Kind.PTY_OPEN
+        self.ctl.append(self.world.start(execution_id, token, args=args, **over))
         self.meant[self.world.mark.head] = an_attempt(execution_id, token)
 
     @rule(execution_id=EXECUTIONS, on_loss=st.sampled_from(["stop", "freeze", "continue"]), stale=SELDOM)

@@ -36,6 +36,7 @@ Hand mutants that were tried, each in the code as it is, and how each one fails:
 28. `Gate.refusal` lets starts through a pause: "a closed machine takes no new work".
 29. `Gate.owner` keeps no word: "a closed machine takes no new work", by a crash.
 30. `Orphans.tick` only connects to a shim that was silent: shims_know_what_the_journal_knows.
+31. `Viewers._refusal` does not ask for a terminal: "only a PTY has viewers".
 """
 
 import sys
@@ -45,6 +46,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 
+from protocol.commands import Kind
 from protocol.errors import Reason
 from protocol.execution import AttemptState
 from protocol.messages import Answer
@@ -61,16 +63,19 @@ from runner.core.inputs import (
     PolicyChanged,
     SessionDown,
     Tick,
+    ViewerAdmitted,
+    ViewerNotAdmitted,
     WorktreeCreated,
     WorktreeFailed,
     WorktreeRemoved,
 )
 from runner.core.plans import Admission, Phase, ProcessIdentity, WorktreeGone
-from tests.stateful.machine import Directory
+from tests.stateful.machine import PTYS, Directory
 from tests.stateful.passing import EXECUTIONS, ON_LOSS, SELDOM, PassingMachine
-from tests.support.builders import an_attempt
+from tests.support.builders import a_key, an_attempt
 from tests.support.engine import a_made, an_exit
 
+VIEWER_KEY = a_key("viewer").public.x
 WORKTREES = st.sampled_from(["wt_1", "wt_2"])
 GONE = WorktreeGone(head=None, branch=None, was_dirty=False)
 REST_TURNS_MAX = 400
@@ -156,6 +161,21 @@ class EngineMachine(PassingMachine):
         self.elapse(30_000)
         self.turn(Tick())
 
+    @rule(execution_id=EXECUTIONS, viewer=st.sampled_from(["v_1", "v_2"]), early=SELDOM)
+    def the_plane_signs_an_attach(self, execution_id: str, viewer: str, early: bool) -> None:
+        """To the newest attempt, PTY or not, or to the one that has not been signed."""
+        token = max(self.tokens[execution_id] + early, 1)
+        args = {"execution_id": execution_id, "start_token": token, "viewer": viewer, "key": VIEWER_KEY}
+        self.ctl.append(self.world.seal(self.world.fields(Kind.PTY_ATTACH, args)))
+
+    @precondition(lambda self: self.viewers)
+    @rule(at=st.integers(0, 9), fails=st.booleans())
+    def a_viewer_is_let_in(self, at: int, fails: bool) -> None:
+        """Or the disk is full."""
+        digest = self.viewers.pop(at % len(self.viewers)).digest
+        no = ViewerNotAdmitted(digest, Reason.DISK_FULL, "", refused=False)
+        self.turn(no if fails else ViewerAdmitted(digest))
+
     @rule(worktree=WORKTREES, create=st.booleans())
     def the_plane_signs_a_worktree_command(self, worktree: str, create: bool) -> None:
         """One of each kind."""
@@ -186,7 +206,8 @@ class EngineMachine(PassingMachine):
         token = max(self.tokens[execution_id] + early, 1)
         attempt = an_attempt(execution_id, token)
         unborn = attempt not in self.starts
-        if self.turn(EnvelopeReceived(self.world.stop(execution_id, token))) and unborn:
+        kind = Kind.PTY_CLOSE if execution_id == PTYS else Kind.EXECUTION_STOP
+        if self.turn(EnvelopeReceived(self.world.stop(execution_id, token, kind=kind))) and unborn:
             self.stopped_unborn.add(attempt)
 
     @rule(execution_id=EXECUTIONS)
@@ -365,6 +386,8 @@ class EngineMachine(PassingMachine):
             self.a_shim_is_prepared(0, False)
         elif self.trees:
             self.a_worktree_command_is_through(0, False)
+        elif self.viewers:
+            self.a_viewer_is_let_in(0, False)
         elif self.ends:
             self.an_end_is_heard(0, False)
         elif self.sweeps:

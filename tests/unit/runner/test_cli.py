@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 
 from protocol.errors import Reason
 from protocol.records import RecordKind
+from runner.adapters.attemptfiles import living_ptys
 from runner.adapters.control import AnswerCall, ControlCall, serve_control
 from runner.cli import VERBS, cli
 from runner.errors import AnotherDaemon, NotEnrolled, Refused
@@ -174,6 +175,29 @@ def test_ps_without_a_daemon_reads_the_files(run: Callable[..., Result], tmp_pat
         ("ex_1.1", "running", None),
         ("ex_2.1", "ended", 137),
     ]
+
+
+def test_a_pty_is_shown_as_one(run: Callable[..., Result], tmp_path: Path) -> None:
+    """By its size, columns first; without one there is no such column. Those that live are listed for who looks at them."""
+    state = tmp_path / "state"
+    plain = AttemptDir(state, "ex_1.1")
+    with plain.held():
+        assert "TTY" not in run("ps").stdout and living_ptys(state) == []
+        ptys = [AttemptDir(state, name, argv=("-bash",)) for name in ("ex_2.1", "ex_3.1", "ex_4.1")]
+        for number, pty in enumerate(ptys):
+            pty.put("spec.json", {"argv": ["-bash"], "cwd": "/srv", "tty": {"rows": 24, "cols": 80 + number}})
+            pty.put("meta.json", {"phase": "running", "started_ns": (9 - number) * 10**9})
+        with ptys[0].held(), ptys[1].held():
+            shown = run("ps").stdout
+            assert "TTY" in shown and "80x24" in shown and "81x24" in shown
+            sizes = [one["terminal"] for one in json.loads(run("ps", "--json").stdout)["attempts"]]
+            found = living_ptys(state)
+    assert sizes == [None, "80x24", "81x24"]
+    assert [(pty.attempt, pty.rows, pty.cols, pty.argv, pty.started_ms) for pty in found] == [
+        ("ex_3.1", 24, 81, ("-bash",), 8000),
+        ("ex_2.1", 24, 80, ("-bash",), 9000),
+    ]
+    assert found[0].directory == ptys[1].path
 
 
 def test_stop_asks_the_daemon(run: Callable[..., Result], tmp_path: Path) -> None:

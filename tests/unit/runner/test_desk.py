@@ -133,6 +133,19 @@ async def test_status_tells_what_there_is_too_little_of() -> None:
     assert (said["headroom"]["short"], said["headroom"]["disk_free"], said["cgroups"]) == (None, 30, "/c")
 
 
+async def test_status_counts_ptys() -> None:
+    """Those that live."""
+    owner = Owner()
+    args = {"execution_id": "ex_1", "start_token": 1, "argv": [], "cwd": {"type": "path", "path": "/srv/work"}}
+    fields = owner.world.fields("pty.open", args | {"size": {"rows": 24, "cols": 80}})
+    owner.world.running(env=owner.world.seal(fields))
+    owner.world.running("ex_2")
+    said = await owner.ask("status")
+    assert (said["attempts"], said["ptys"]) == (2, 1)
+    owner.world.exit()
+    assert (await owner.ask("status"))["ptys"] == 0
+
+
 async def test_status_counts_leases_that_are_late_and_lost() -> None:
     """1. Just granted. 2. Its renewal is overdue. 3. Its deadline is past. 4. The attempt is over."""
     owner = Owner()

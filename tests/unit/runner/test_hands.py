@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from protocol.commands import ViewerMode
 from protocol.errors import Reason
 from protocol.ids import Attempt, Digest
 from protocol.lease import Lease
+from runner.adapters.viewerfiles import admitted_viewer
 from runner.core.effects import (
     AbandonAttempt,
+    AdmitViewer,
     AdoptAttempt,
     CollectAttempt,
     Effect,
@@ -36,6 +39,8 @@ from runner.core.inputs import (
     OrphansFound,
     RemainsSwept,
     ShimSilent,
+    ViewerAdmitted,
+    ViewerNotAdmitted,
 )
 from runner.core.plans import (
     AttemptPlan,
@@ -52,7 +57,7 @@ from runner.errors import Broken, ConfigError
 from runner.hands import UNSEEN_PAUSE_S, DaemonHands
 from runner.logs import EVENTS
 from runner.ports import ShimEvent
-from tests.support.builders import a_lease, a_verified_keyset, an_attempt
+from tests.support.builders import a_key, a_lease, a_verified_keyset, an_attempt
 from tests.support.engine import an_exit
 from tests.support.shims import a_plan
 
@@ -74,6 +79,7 @@ class FakeShims:
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     on_cut: Any = None
     hear: Any = None
+    root: Path = Path("/nowhere")
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -84,7 +90,12 @@ class FakeShims:
 
     def log_dir(self, name: str) -> Any:
         """Somewhere."""
-        return Path("/nowhere") / name / "log"
+        return self.root / name / "log"
+
+    async def do(self, work: Any, *args: Any) -> Any:
+        """See the adapter."""
+        self._say("do", work)
+        return work(*args)
 
     async def prepare(self, plan: AttemptPlan, _cwd: str, *, again: bool) -> ProcessIdentity:
         """See the port."""
@@ -431,6 +442,20 @@ async def test_a_disk_that_does_not_take_an_attempt_is_our_failure_and_says_whic
     scene.shims.fault = OSError(number, strerror(number))
     (told,) = await scene.done(PrepareAttempt(a_plan(), DIGEST))
     assert told == AttemptNotPrepared(a_plan().attempt, reason, strerror(number), refused=False)
+
+
+async def test_a_viewer_is_let_in_on_the_disk_before_it_is_told(scene: Scene, tmp_path: Path) -> None:
+    """The file is there; a name that somebody else has is the asker's doing, a disk that is full is not."""
+    scene.shims.root = tmp_path
+    (tmp_path / EX.name).mkdir()
+    wanted = AdmitViewer(EX, "v_1", a_key("viewer").public.x, ViewerMode.WRITE, DIGEST)
+    assert await scene.done(wanted) == [ViewerAdmitted(DIGEST)]
+    assert admitted_viewer(tmp_path / EX.name, "v_1") is not None
+    (told,) = await scene.done(replace(wanted, mode=ViewerMode.READ))
+    assert isinstance(told, ViewerNotAdmitted) and (told.reason, told.refused) == (Reason.DUPLICATE_VIEWER, True)
+    scene.shims.fault = OSError(ENOSPC, strerror(ENOSPC))
+    (told,) = await scene.done(replace(wanted, viewer="v_2"))
+    assert told == ViewerNotAdmitted(DIGEST, Reason.DISK_FULL, strerror(ENOSPC), refused=False)
 
 
 @pytest.mark.parametrize("fault", [Broken(Reason.DISK_FULL, "no room"), ConfigError("place", "", "a directory")])

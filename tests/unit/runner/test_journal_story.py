@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -19,8 +20,17 @@ from runner.adapters.journal_schema import MIGRATIONS, SCHEMA_VERSION, migrate
 from runner.adapters.journal_story import Entry, Story, read_story
 from runner.adapters.journal_words import payload_of, signers_of, subjects_of
 from runner.cli import cli
-from runner.core.effects import Effect, Persist
-from runner.core.inputs import AttemptExited, AttemptLost, AttemptPrepared, Now, OwnerStop, SessionDown, WorktreeCreated
+from runner.core.effects import AdmitViewer, Effect, Persist
+from runner.core.inputs import (
+    AttemptExited,
+    AttemptLost,
+    AttemptPrepared,
+    Now,
+    OwnerStop,
+    SessionDown,
+    ViewerAdmitted,
+    WorktreeCreated,
+)
 from runner.core.journaling import PutAttempt
 from runner.core.plans import Swept, WorktreeMade
 from runner.errors import Broken, Refused
@@ -96,6 +106,26 @@ def a_stopped_execution(world: Recorded) -> None:
     world.session()
     answers = tuple(Answer(out_seq=number, stored=True) for number in sorted(world.journal.items))
     world.step(ItemsAnswered(answers), SessionDown())
+
+
+def test_a_story_of_a_pty_tells_what_was_asked_and_no_key(world: Recorded) -> None:
+    """Opened, looked at, closed."""
+    args: dict[str, Any] = {"execution_id": "ex_1", "start_token": 1, "cwd": {"type": "path", "path": "/srv/work"}}
+    world.send(world.seal(world.fields("pty.open", args | {"argv": [], "size": {"rows": 24, "cols": 80}})))
+    world.step(AttemptPrepared(an_attempt(), SHIM))
+    attach = {"execution_id": "ex_1", "start_token": 1, "viewer": "v_1", "key": a_key("viewer").public.x, "mode": "ro"}
+    (wanted,) = world.send(world.seal(world.fields("pty.attach", attach))).of(AdmitViewer)
+    world.step(ViewerAdmitted(wanted.digest))
+    target = {"type": "attempt", "execution_id": "ex_1", "start_token": 1}
+    world.send(world.seal(world.fields("pty.close", {"target": target})))
+    details = [entry.detail for entry in world.story("ex_1").entries]
+    asked = [detail for detail in details if detail.startswith("cmd_") and " pty." in detail]
+    assert asked == [
+        "cmd_1 pty.open #1: the login shell in /srv/work",
+        "cmd_2 pty.attach #2: execution_id ex_1 start_token 1 viewer v_1 mode ro",
+        "cmd_3 pty.close: ex_1.1",
+    ]
+    assert "cmd_2 done; viewer v_1 mode ro" in details
 
 
 def test_a_story_is_told_from_the_command_to_the_answer(world: Recorded) -> None:

@@ -19,6 +19,7 @@ from protocol.messages import Bye, Hello, ReportItem, encode
 from protocol.replay import Mark
 from runner.adapters.inlet import Inlet
 from runner.adapters.system import SystemClock
+from runner.adapters.typist import Typist
 from runner.adapters.uplink import Uplink
 from runner.core.inputs import Input, SessionDown, SessionUp
 from runner.link import TWO_MACHINES, Link
@@ -109,6 +110,7 @@ async def linked(plane: HostilePlane, port: int | None = None) -> AsyncIterator[
     journal: Any = EmptyJournal()
     link = Link(
         inlet=Inlet(Path("/nowhere"), feed=lambda *_: False, say=lambda _fed: None),
+        typist=Typist(Path("/nowhere"), quiet, quiet),
         url=f"ws://127.0.0.1:{port or plane.port}/",
         proxy=None,
         standing=standing,

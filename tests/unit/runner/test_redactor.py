@@ -205,6 +205,30 @@ def test_a_record_names_what_its_copy_adds_up_to(scene: Scene) -> None:
     assert copy.streams["stderr"] == (0, hashlib.sha256().hexdigest())
 
 
+def test_the_copy_of_a_pty_is_masked_and_its_frame_is_not(scene: Scene) -> None:
+    """A secret that comes in two gathers, with a resize between them; sizes and modes go up as they are, and one stream is named."""
+    scene.redactor.learn(a_plan(), {"TOKEN": SECRET})
+    modes = b'{"modes":{"2004":true},"tr0ub4dor":1}'
+    scene.spool.write(b"\x18\x00\x50\x00", RecordKind.RESIZE)
+    scene.spool.write(modes, RecordKind.MARKER)
+    scene.spool.write(b"$ echo tr0ub", RecordKind.PTY)
+    scene.spool.write(b"\x19\x00\x50\x00", RecordKind.RESIZE)
+    scene.spool.write(b"4dor\r\n", RecordKind.PTY)
+    found = scene.reader().read(0, DATA_SLICE_BYTES_MAX)
+    assert isinstance(found, Slice)
+    sent = [(record.kind, record.payload) for record in records(found.data, 0)][1:]
+    assert sent == [
+        (RecordKind.RESIZE, b"\x18\x00\x50\x00"),
+        (RecordKind.MARKER, modes),
+        (RecordKind.PTY, b"$ echo *****"),
+        (RecordKind.RESIZE, b"\x19\x00\x50\x00"),
+        (RecordKind.PTY, b"****\r\n"),
+    ]
+    copy = scene.redactor.completed(EX, an_exit(streams={"pty": (19, "00" * 32)})).uploaded
+    text = b"$ echo *********\r\n"
+    assert copy is not None and copy.streams == {"pty": (len(text), hashlib.sha256(text).hexdigest())}
+
+
 def test_of_a_copy_that_cannot_be_added_up_no_stream_is_named(scene: Scene) -> None:
     """Its beginning or its middle made room, or it cannot be read: the copy may hold what is not here any more."""
     scene.redactor.learn(a_plan(), {"TOKEN": SECRET})

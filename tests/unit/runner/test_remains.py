@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from protocol.commands import Background, SizePolicy
 from protocol.ids import Attempt
 from runner import failpoints
 from runner.adapters import sweeper
 from runner.adapters.attemptdir import Place
 from runner.adapters.remains import GUARDED, UNGUARDED, Remains
-from runner.core.plans import Observed, Orphan, Phase, ProcessLeft
+from runner.core.inputs import AttemptExited
+from runner.core.plans import Observed, Orphan, Phase, ProcessLeft, TerminalPlan
 from runner.shim.system import start_time
 from tests.support.engine import an_exit
 from tests.support.shim import BOOT_ID, alive
@@ -149,6 +151,31 @@ async def test_a_cookie_that_names_no_attempt_is_nobody(world: Shims, name: str)
     """It is what a process says of itself, and becomes no path."""
     with a_process(world.adapter.settings.cookie(name)):
         assert await world.adapter.scan() == ()
+
+
+@pytest.mark.parametrize("background", list(Background))
+async def test_the_background_of_a_pty_lives_on_where_it_may(world: Shims, background: Background) -> None:
+    """By its spec and its shim's own word that it ended; a PTY whose shim was lost leaves nothing."""
+    terminal = TerminalPlan(rows=24, cols=80, size_policy=SizePolicy.LATEST, background=background)
+    for name in ("ex_1.1", "ex_2.1"):
+        await world.start(a_plan(name, *SLEEP, terminal=terminal, overflow="head_tail"))
+    await world.adapter.end_hung(Attempt.parse("ex_2.1"), None)
+    world.adapter.stop(EX, 100, "cmd_1")
+    await world.told(AttemptExited)
+    await world.until(lambda: world.files("ex_1.1").exit is not None)
+    world.adapter.collect(EX)
+    await world.until(lambda: not world.files("ex_1.1").alive)
+    remains = remains_of(world)
+    with (
+        a_process(world.adapter.settings.cookie("ex_1.1")) as left,
+        a_process(world.adapter.settings.cookie("ex_2.1")) as lost,
+    ):
+        leaves = background is Background.LEAVE
+        assert [each.name for each in remains.strays()] == (["ex_2.1"] if leaves else ["ex_1.1", "ex_2.1"])
+        swept = remains.sweep("ex_1.1")
+        assert (len(swept.outlived), swept.signalled) == ((1, 0) if leaves else (0, 1))
+        assert alive(left.pid) is leaves or left.wait() == -signal.SIGKILL
+        assert remains.sweep("ex_2.1").signalled == 1 and lost.wait() == -signal.SIGKILL
 
 
 async def test_what_may_outlive_its_attempt_is_no_orphan(world: Shims) -> None:

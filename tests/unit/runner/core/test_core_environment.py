@@ -3,7 +3,15 @@
 import pytest
 
 from protocol.errors import Reason
-from runner.core.environment import DEFAULT_LANG, DEFAULT_PATH, inherited, matches, refuse_env, refuse_names
+from runner.core.environment import (
+    DEFAULT_LANG,
+    DEFAULT_PATH,
+    inherited,
+    matches,
+    refuse_env,
+    refuse_names,
+    terminal_env,
+)
 from tests.support.engine import a_policy
 
 EVERYTHING = a_policy(env_allow=("*",))
@@ -149,3 +157,39 @@ def test_a_pattern_is_a_name_or_a_prefix() -> None:
     """Nothing cleverer, so an owner can read it."""
     assert matches("APP_X", ["APP_*"]) and matches("APP_", ["APP_*"]) and matches("X", ["*"])
     assert not matches("APP", ["APP_*"]) and not matches("XAPP_", ["APP_*"]) and not matches("A", [])
+
+
+@pytest.mark.parametrize(
+    ("base", "locale"),
+    [
+        ({}, {"LANG": "C.UTF-8"}),
+        ({"LANG": "C"}, {"LANG": "C.UTF-8"}),
+        ({"LANG": "de_DE.UTF-8"}, {"LANG": "de_DE.UTF-8"}),
+        ({"LANG": "C", "LC_CTYPE": "en_US.utf8"}, {"LANG": "C", "LC_CTYPE": "en_US.utf8"}),
+        ({"LANG": "de_DE.UTF-8", "LC_ALL": "POSIX"}, {"LANG": "C.UTF-8"}),
+        ({"LANG": "de_DE.UTF-8", "LC_ALL": ""}, {"LANG": "de_DE.UTF-8", "LC_ALL": ""}),
+        ({"LANG": "de_DE@euro", "LC_TIME": "de_DE"}, {"LANG": "C.UTF-8", "LC_TIME": "de_DE"}),
+    ],
+)
+def test_a_terminal_speaks_utf_8(base: dict[str, str], locale: dict[str, str]) -> None:
+    """What the machine says stays where that is what it says; else it is ours, and nothing stands above it."""
+    assert terminal_env(base) == locale | {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
+
+
+def test_nothing_of_the_terminal_that_the_daemon_was_started_in_is_passed_on() -> None:
+    """Its size, its multiplexer, its editor."""
+    own = {"COLUMNS": "80", "LINES": "24", "TMUX": "/tmp/x", "TMUX_PANE": "%1", "STY": "1.tty", "TERM": "dumb"}
+    own |= {
+        "TERM_PROGRAM": "vscode",
+        "TERM_PROGRAM_VERSION": "1",
+        "VSCODE_PID": "1",
+        "COLORTERM": "no",
+        "LANG": "C.UTF-8",
+    }
+    assert terminal_env({**own, "HOME": "/h"}) == {
+        "HOME": "/h",
+        "LANG": "C.UTF-8",
+        "TERM": "xterm-256color",
+        "COLORTERM": "truecolor",
+    }
+    assert not inherited(own).keys() & (own.keys() - {"LANG"})

@@ -391,7 +391,7 @@ def test_jobs_that_outlive_their_shell_are_swept_or_left_as_it_was_said(start_sh
         assert told["outlived"] == [] and told["swept"]
         return
     [left] = told["outlived"]
-    assert left["name"] == "sleep" and told["swept"] == []
+    assert left["name"] in ("nohup", "sleep") and told["swept"] == []
     os.kill(left["pid"], signal.SIGKILL)
 
 
@@ -441,6 +441,16 @@ def test_two_daemons_that_race_leave_a_terminal_one_of_them_can_use(start_shim: 
     assert Viewer(shim, "vw_1", second).give(0, b"abcd")[0] == 4
     second.wait(wire.EXIT)
     assert shim.log().pty.endswith(b"abcd")
+
+
+def test_a_socket_that_was_deleted_is_there_again(start_shim: StartShim) -> None:
+    """At the next look; who is connected notices nothing, and the next daemon finds it."""
+    shim, viewer = raw(start_shim, "os.write(1, os.read(0, 9).upper())", timeout_ms=60_000)
+    (shim.dir / "s").unlink()
+    wait_for((shim.dir / "s").exists, "the socket")
+    Viewer(shim, "vw_2").type(b"here")
+    viewer.connection.wait(wire.EXIT)
+    assert shim.log().pty.endswith(b"HERE")
 
 
 def test_a_terminal_cannot_have_what_only_pipes_have() -> None:
