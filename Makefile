@@ -7,7 +7,7 @@ PEERS  := $(VENV)/.peers
 # A file stays with one process: its tests may share a daemon. One process more than processors: they often wait.
 TOGETHER := -n $(shell expr $$(nproc) + 1) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test check explore format bench chaos lock vectors clean sim
+.PHONY: help setup compiled demo test check explore format bench chaos lock vectors clean sim
 help:            ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -20,13 +20,17 @@ $(READY): lock/dev.txt pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: $(READY)   ## the main job, end to end, on real work
+# Every process of ours would compile all it imports where the environment forbids to keep that.
+compiled: $(READY)
+	@$(BIN)/python -m compileall -q protocol terminal runner controlplane examples tests
+
+demo: compiled   ## the main job, end to end, on real work
 	@$(BIN)/python examples/demo/demo.py
 
-test: $(READY)   ## every test there is
+test: compiled   ## every test there is
 	$(BIN)/python -m pytest $(TOGETHER)
 
-check: $(READY)  ## format, lint, types, import contracts, fast tests
+check: compiled  ## format, lint, types, import contracts, fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -46,6 +50,8 @@ $(PEERS): lock/peers.txt $(READY)
 
 bench: $(PEERS)  ## the benchmarks, side by side with their peers
 	@$(BIN)/python bench/run.py
+	@$(BIN)/python bench/output.py
+	@$(BIN)/python bench/terminals.py
 
 chaos: $(READY)  ## MINUTES=2 SEED=1: kill everything for a while, then count
 	@$(BIN)/python -m tests.chaos.run

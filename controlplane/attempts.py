@@ -10,11 +10,11 @@ Rule 1: what a superseded attempt still tells is kept with it. Rule 2: one lease
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from controlplane import store, tables, told
+from controlplane import ptytables, store, tables, told
 from controlplane.errors import Fault, RequestRefused
 from controlplane.leasing import Regrant, lease_resource, token_floor
 from controlplane.requests import fitting, start_again
-from controlplane.rows import ExecutionRow, ExecutionState, IntentRow, IntentState, RunnerRow
+from controlplane.rows import STOPS, ExecutionRow, ExecutionState, IntentRow, IntentState, RunnerRow
 from controlplane.tables import Db
 from protocol.commands import AttemptTarget, ExecutionStop, Kind, LeaseAcquire, LeaseGrant, OnLoss
 from protocol.ids import Attempt, ExecutionId, FencingToken
@@ -49,10 +49,10 @@ def rerun(
         raise RequestRefused(Fault.NOT_REPEATABLE, "what was asked for is known to its runner only")
     if row.worktree_id is not None and row.runner_id != runner.id:
         raise RequestRefused(Fault.NOT_MOVABLE, "it runs in a worktree of its runner")
-    intent = make(runner.id, Kind.EXECUTION_START, row.id, b"")
+    intent = make(runner.id, Kind(first.kind), row.id, b"")
     lease = _next_attempt(db, row, on_loss_of(first), intent.created_ms)
     attempt = Attempt(ExecutionId(row.id), FencingToken(lease.token))
-    start = start_again(first.args, secrets, runner.id, runner.seal_x, attempt)
+    start = start_again(first.kind, first.args, secrets, runner.id, runner.seal_x, attempt)
     intent = replace(intent, args=fitting(start.dump()), lease=lease.dump())
     if first.state in (IntentState.QUEUED, IntentState.HELD):
         store.call_back_start(db, first)
@@ -135,15 +135,15 @@ def stop(
     db: Db, attempt: Attempt, runner_id: str, make: Make, *, grace_ms: int | None = None, actor: str | None = None
 ) -> str:
     """Queue a stop of one attempt at a runner, known here or not, unless one is under way. Returns its `cmd_id`."""
-    for intent in tables.open_intents(db, attempt.execution_id, Kind.EXECUTION_STOP):
+    for intent in [found for kind in STOPS for found in tables.open_intents(db, attempt.execution_id, kind)]:
         if (intent.runner_id, intent.start_token) == (runner_id, attempt.start_token):
             return intent.cmd_id
+    row = tables.attempt(db, attempt.execution_id, attempt.start_token)
     target = AttemptTarget(type="attempt", execution_id=attempt.execution_id, start_token=attempt.start_token)
     args = ExecutionStop(target=target, grace_ms=grace_ms).dump()
-    intent = replace(make(runner_id, Kind.EXECUTION_STOP, attempt.execution_id, args), actor=actor)
+    intent = replace(make(runner_id, ptytables.stop_kind(db, row), attempt.execution_id, args), actor=actor)
     # No limit for a stop: what can be started can be stopped.
     tables.add_intent(db, intent)
-    row = tables.attempt(db, attempt.execution_id, attempt.start_token)
     if row is not None and row.runner_id == runner_id:
         tables.put_execution(db, replace(row, stop_cmd_id=intent.cmd_id))
     return intent.cmd_id

@@ -7,13 +7,22 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from controlplane import verbs_attempt, verbs_execution, verbs_logs, verbs_statement, verbs_worktree
+from controlplane import (
+    verbs_attach,
+    verbs_attempt,
+    verbs_execution,
+    verbs_logs,
+    verbs_pty,
+    verbs_statement,
+    verbs_worktree,
+)
 from controlplane.reach import (
     DEFAULT_URL,
     ExitCode,
     Front,
     Reach,
     data_dir,
+    page_origins,
     pairs,
     pass_reach,
     plane_url,
@@ -87,6 +96,14 @@ def cli(ctx: click.Context, url: str, token_file: str | None) -> None:
 @click.option("--listen", default=DEFAULT_LISTEN, show_default=True, metavar="HOST:PORT", help="Where to listen.")
 @click.option("--allow-remote", is_flag=True, help="Allow an address that other machines reach, without TLS.")
 @click.option(
+    "--origin",
+    "origins",
+    multiple=True,
+    metavar="ORIGIN",
+    callback=page_origins,
+    help="Pages of this origin may show PTYs, beside our own: https://HOST[:PORT]; may be repeated.",
+)
+@click.option(
     "--log-format",
     type=click.Choice(["auto", "json", "console"]),
     default="auto",
@@ -94,7 +111,9 @@ def cli(ctx: click.Context, url: str, token_file: str | None) -> None:
     help="How its log is written to stderr; auto: console at a terminal, json elsewhere.",
 )
 @click.pass_context
-def serve(ctx: click.Context, db: str | None, listen: str, allow_remote: bool, log_format: str) -> None:
+def serve(
+    ctx: click.Context, db: str | None, listen: str, allow_remote: bool, origins: tuple[str, ...], log_format: str
+) -> None:
     """Run the control plane in the foreground, until SIGTERM or SIGINT.
 
     The first start makes its keys and prints the root's fingerprint and a join string for the first runner.
@@ -114,7 +133,8 @@ def serve(ctx: click.Context, db: str | None, listen: str, allow_remote: bool, l
     try:
         from controlplane.server import serve as run  # failpoints that are armed wrongly refuse the start
 
-        run(path.parent, path, host, port, allow_remote=allow_remote, log_format=log_format, announce=_announce)
+        place = (path.parent, path, host, port)
+        run(*place, allow_remote=allow_remote, log_format=log_format, announce=_announce, origins=origins)
     except AnotherPlane as exc:
         complain(str(exc), "runner-control runners   (it may be running already), or serve --db PATH elsewhere")
         ctx.exit(ExitCode.ANOTHER_PLANE)
@@ -207,6 +227,8 @@ for verb in (
     *verbs_execution.VERBS,
     *verbs_logs.VERBS,
     *verbs_attempt.VERBS,
+    *verbs_attach.VERBS,
+    verbs_pty.pty,
     verbs_worktree.worktree,
     *verbs_statement.VERBS,
 ):
@@ -239,6 +261,8 @@ def events(reach: Reach, runner: str | None, limit: int, as_json: bool) -> None:
 
 def main() -> None:
     """Entry point of the `runner-control` command."""
+    # No other package gets to look into what is validated here; and to search all that is installed for one takes a while.
+    os.environ["PYDANTIC_DISABLE_PLUGINS"] = "__all__"
     cli(prog_name="runner-control")
 
 

@@ -1,12 +1,20 @@
 """The REST interface of a control plane as its command line uses it: bounded waits, stable errors, idempotent posts."""
 
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Final, Self
 
-import httpx
+if "httpx" not in sys.modules:
+    # httpx would load a command line of its own, with a library for colours: twice the time of the rest of it.
+    sys.modules["httpx._main"] = None  # type: ignore[assignment]
+    import httpx
+
+    del sys.modules["httpx._main"]
+else:
+    import httpx
 
 from protocol.logtext import gap_of
 from protocol.records import Record, records
@@ -116,7 +124,7 @@ class PlaneClient:
             with self._http.stream("GET", f"/executions/{execution_id}/log", params=params, timeout=timeout) as answer:
                 if answer.is_error:
                     answer.read()
-                    raise _refusal(answer)
+                    raise refusal(answer)
                 if begun is not None:
                     begun(answer.headers)
                 yield from answer.iter_raw()
@@ -134,7 +142,7 @@ class PlaneClient:
                     raise PlaneUnreachable(self.url, str(exc) or type(exc).__name__) from exc
                 self._rest(delay)
         if answer.is_error:
-            raise _refusal(answer)
+            raise refusal(answer)
         try:
             found = answer.json()
         except ValueError:
@@ -144,7 +152,8 @@ class PlaneClient:
         return found
 
 
-def _refusal(answer: httpx.Response) -> PlaneRefused:
+def refusal(answer: httpx.Response) -> PlaneRefused:
+    """What an answer that is an error says."""
     try:
         error = answer.json()["error"]
         return PlaneRefused(answer.status_code, str(error["reason"]), str(error["detail"]))

@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 
 import anyio
 
-from controlplane import attempts, store, tables, told, views
+from controlplane import attempts, ptytables, store, tables, told, views
 from controlplane.errors import Fault, RequestRefused
 from controlplane.keys import Keys, token_hash
 from controlplane.leasing import lease_resource
@@ -18,6 +18,7 @@ from controlplane.ledger import Ledger
 from controlplane.requests import (
     ExecutionRequest,
     JoinRequest,
+    PtyRequest,
     RemoveRequest,
     RerunRequest,
     StopRequest,
@@ -100,16 +101,17 @@ class Desk:
         return views.Execution.model_validate_json((await self.ask_execution(runner_ref, request)).body)
 
     async def ask_execution(
-        self, runner_ref: str, request: ExecutionRequest, asked: Idempotency | None = None
+        self, runner_ref: str, request: ExecutionRequest | PtyRequest, asked: Idempotency | None = None
     ) -> Reply:
-        """As `submit_execution`, under an Idempotency-Key."""
+        """As `submit_execution`, under an Idempotency-Key; also for what has a terminal."""
         ledger, runner, now_ms = self._ledger, self._ledger.runner(runner_ref), self.now_ms
         attempt = Attempt(ExecutionId(ledger.new_id("ex")), _FIRST_TOKEN)
         lease = LeaseGrant(
             res=lease_resource(attempt.execution_id), token=_FIRST_TOKEN, ttl_ms=LEASE_TTL_MS, on_loss=request.on_loss
         )
         args = start_of(request, runner.id, runner.seal_x, attempt)
-        intent = replace(ledger.intent(runner.id, Kind.EXECUTION_START, attempt.execution_id, args), lease=lease.dump())
+        kind = Kind.PTY_OPEN if isinstance(request, PtyRequest) else Kind.EXECUTION_START
+        intent = replace(ledger.intent(runner.id, kind, attempt.execution_id, args), lease=lease.dump())
         row = ExecutionRow(
             id=attempt.execution_id,
             runner_id=runner.id,
@@ -140,7 +142,8 @@ class Desk:
         row = self._execution_row(execution_id)
         target = AttemptTarget(type="attempt", execution_id=row.id, start_token=row.start_token)
         args = ExecutionStop(target=target, grace_ms=request.grace_ms).dump()
-        intent = self._ledger.intent(row.runner_id, Kind.EXECUTION_STOP, row.id, args)
+        kind = ptytables.stop_kind(self._ledger.db.reader, row)
+        intent = self._ledger.intent(row.runner_id, kind, row.id, args)
 
         def stop(db: Db) -> int:
             before = tables.execution(db, execution_id)
@@ -334,10 +337,12 @@ class Desk:
 
     async def _wait(self, about: str, timeout_s: float, read: Callable[[], Row]) -> Row:
         """What `read` gives once it is final, or when the time is over or the plane ends."""
+        row = read()
         with anyio.move_on_after(timeout_s):
-            while not read().state.final and not self.closing.is_set():
+            while not row.state.final and not self.closing.is_set():
                 await self._ledger.changed(about)
-        return read()
+                row = read()
+        return row
 
     def _runner_filter(self, ref: str | None) -> str | None:
         """The id for a filter: also of runners that were replaced."""
@@ -368,7 +373,8 @@ class Desk:
         return self._shown(self._ledger.db.reader, row, self._ledger.logs.peek(row.attempt.name))
 
     def _shown(self, db: Db, row: ExecutionRow, log: LogRow | None) -> views.Execution:
-        return views.execution_view(row, self._ledger.name_of(row.runner_id), log, self.switchboard.waits(db, row))
+        waits, size = self.switchboard.waits(db, row), ptytables.size_of(db, row)
+        return views.execution_view(row, self._ledger.name_of(row.runner_id), log, waits, size)
 
     def _worktree_view(self, row: WorktreeRow, db: Db | None = None) -> views.Worktree:
         waits = self.switchboard.waits(db or self._ledger.db.reader, row)

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from controlplane.rows import (
+    STARTS,
+    STOPS,
     ExecutionRow,
     ExecutionState,
     IntentRow,
@@ -132,9 +134,9 @@ def receipted(intent: IntentRow | None, subject: Subject, receipt: Receipt, text
         return Change()
     answered = replace(intent, state=IntentState.RECEIPTED)
     match subject:
-        case ExecutionRow() if intent.kind == Kind.EXECUTION_START:
+        case ExecutionRow() if intent.kind in STARTS:
             return Change(intent=answered, execution=_start_answered(subject, receipt, text))
-        case ExecutionRow() if intent.kind == Kind.EXECUTION_STOP:
+        case ExecutionRow() if intent.kind in STOPS:
             return Change(intent=answered, execution=_stop_answered(subject, receipt))
         case ExecutionRow() if intent.kind == Kind.LEASE_ACQUIRE:
             return Change(intent=answered, execution=_acquire_answered(subject, receipt))
@@ -212,7 +214,7 @@ def retry_after_ms(receipt: Receipt) -> int | None:
 def _unheard(receipt: Receipt, text: str, known: Attempts) -> ExecutionRow | None:
     """A start we do not remember (restored from a backup): what the runner's accepted receipt says of it."""
     execution_id, token = receipt.result.get("execution_id"), receipt.result.get("start_token")
-    if receipt.kind != Kind.EXECUTION_START or receipt.outcome is not Outcome.ACCEPTED:
+    if receipt.kind not in STARTS or receipt.outcome is not Outcome.ACCEPTED:
         return None
     if not isinstance(execution_id, str) or not is_id(execution_id) or not isinstance(token, int) or token < 1:
         return None

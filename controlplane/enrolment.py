@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from controlplane import tables
 from controlplane.keys import token_hash
-from controlplane.rows import ExecutionState, IntentRow, IntentState, JoinTokenRow, RunnerRow, WorktreeState
+from controlplane.rows import STARTS, ExecutionState, IntentRow, IntentState, JoinTokenRow, RunnerRow, WorktreeState
 from controlplane.tables import Db
 from protocol import strict_json
 from protocol.commands import Kind
@@ -135,7 +135,7 @@ def _call_back(db: Db, intent: IntentRow) -> None:
     """Give up an intent whose runner is gone; what may have been sent in an earlier form keeps its state."""
     tables.put_intent_state(db, replace(intent, state=IntentState.CANCELLED))
     detail = "its runner was replaced"
-    start = intent.kind == Kind.EXECUTION_START
+    start = intent.kind in STARTS
     execution = tables.attempt(db, intent.subject, intent.start_token) if start else None
     if execution is not None and not execution.state.final and intent.signed_times == 0:
         tables.put_execution(db, replace(execution, state=ExecutionState.CANCELLED, detail=detail))

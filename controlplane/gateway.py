@@ -4,6 +4,7 @@ Three tasks a session: one reads, one writes, one keeps reports in order, so tha
 for renewals has one task, and carries beats. Whatever a peer sends, the worst it gets is its own connection closed, with a reason.
 """
 
+import asyncio
 import itertools
 from base64 import urlsafe_b64encode
 from collections.abc import Callable
@@ -42,6 +43,7 @@ from protocol.messages import (
     Need,
     Refused,
     Report,
+    Taken,
     decode_from_runner,
     encode,
 )
@@ -73,12 +75,14 @@ class Gateway:
         clock_ms: Callable[[], int],
         entropy: Callable[[int], bytes],
         fed: Callable[[str, InputFed], None],
+        taken: Callable[[str, Taken], None],
     ) -> None:
         self._switchboard = switchboard
         self._renewals = renewals
         self._clock_ms = clock_ms
         self._entropy = entropy
         self._fed = fed
+        self._taken = taken
         self._arrivals = itertools.count(1)
 
     async def serve(self, socket: WebSocket) -> None:
@@ -210,6 +214,8 @@ class Gateway:
                 session.channels.gap(message)
             case InputFed():
                 self._fed(session.runner_id, message)
+            case Taken():
+                self._taken(session.runner_id, message)
             case LogClosed():
                 session.channels.closed(message)
             case Bye():
@@ -219,13 +225,17 @@ class Gateway:
                 raise RemoteError(Reason.UNEXPECTED_MESSAGE, "not inside a session", CloseCode.BAD_FRAME)
 
     async def _write(self, socket: WebSocket, session: Session) -> None:
+        loop = asyncio.get_running_loop()
         while True:
             message = await session.next_said()
+            # Not a cancel scope: that costs more than the message, and ending the session ends this wait as well.
+            impatience = loop.call_later(
+                SEND_TIMEOUT_S, session.end, Reason.SLOW_PEER, CloseCode.SLOW_PEER, "it takes nothing"
+            )
             try:
-                with anyio.fail_after(SEND_TIMEOUT_S):
-                    await _send(socket, message)
-            except TimeoutError:
-                session.end(Reason.SLOW_PEER, CloseCode.SLOW_PEER, "it takes nothing")
+                await _send(socket, message)
+            finally:
+                impatience.cancel()
 
     async def _keep_reports(self, session: Session, reports: MemoryObjectReceiveStream[Report]) -> None:
         async for report in reports:

@@ -12,6 +12,7 @@ from controlplane.errors import Fault, RequestRefused
 from controlplane.instances import Conflict
 from controlplane.leasing import lease_resource
 from controlplane.rows import (
+    STARTS,
     CommandRow,
     EventRow,
     ExecutionState,
@@ -140,7 +141,7 @@ def _requeue(db: Db, runner_id: str) -> tuple[str, ...]:
     intents = tables.intents_in(db, runner_id, IntentState.SENT)
     for intent in intents:
         tables.put_intent_state(db, replace(intent, state=IntentState.QUEUED))
-        start = intent.kind == Kind.EXECUTION_START
+        start = intent.kind in STARTS
         execution = tables.attempt(db, intent.subject, intent.start_token) if start else None
         if execution is not None and execution.state is ExecutionState.SENT:
             tables.put_execution(db, replace(execution, state=ExecutionState.QUEUED))

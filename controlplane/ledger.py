@@ -9,21 +9,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
+import structlog
 
-from controlplane import tables, told
+from controlplane import logtrim, ptytables, tables, told
 from controlplane.database import Database
 from controlplane.enrolment import certify
 from controlplane.errors import Fault, RequestRefused
 from controlplane.keys import Keys
 from controlplane.leasing import Grant, Living
-from controlplane.limits import INTENT_TTL_MS
-from controlplane.logstore import LogStore
+from controlplane.limits import INTENT_TTL_MS, PTY_LOG_BYTES, PTY_TRIM_BYTES
+from controlplane.logstore import Log, LogStore
 from controlplane.rows import ExecutionRow, ExecutionState, IntentRow, IntentState, LogRow, RunnerRow
 from protocol.commands import Kind
 from protocol.ids import ENTROPY_BYTES, Attempt, new_id
 
 Clock = Callable[[], int]
 Entropy = Callable[[int], bytes]
+_log = structlog.get_logger("controlplane.ledger")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ class Ledger:
 
     def load(self, logs_directory: Path) -> None:
         """Read the hot rows."""
-        self.logs = LogStore(logs_directory, self._load_log, self._save_log)
+        self.logs = LogStore(logs_directory, self._load_log, self._save_log, self._trim_log)
         self.runners = {row.id: row for row in tables.runners(self.db.reader)}
         living = {row.id for row in (*tables.living_executions(self.db.reader), *tables.living_earlier(self.db.reader))}
         for execution_id in living:
@@ -113,12 +116,15 @@ class Ledger:
     def owner(self, attempt: str) -> str | None:
         """The runner an attempt belongs to, also an earlier one; None when it is not known here (restored from a backup, say)."""
         execution_id, token = Attempt.parse(attempt)
-        row = tables.attempt(self.db.reader, execution_id, token)
-        return None if row is None else row.runner_id
+        return tables.owner(self.db.reader, execution_id, token)
 
     def living(self, runner_id: str) -> Collection[Living]:
         """The attempts of a runner that are not final."""
         return self._living.get(runner_id, {}).values()
+
+    def is_living(self, runner_id: str, attempt: str) -> bool:
+        """Whether an attempt of a runner is not final."""
+        return attempt in self._living.get(runner_id, {})
 
     def refresh(self, touched: Sequence[str]) -> None:
         """Rows with these ids changed: read them again, wake who waits."""
@@ -130,9 +136,8 @@ class Ledger:
 
     def hold(self, execution_id: str) -> None:
         """The start of an execution may have to wait: remember for how long."""
-        row = tables.execution(self.db.reader, execution_id)
-        intent = None if row is None else tables.intent(self.db.reader, row.cmd_id)
-        if intent is not None and intent.state is IntentState.HELD and intent.cmd_id not in self.held:
+        intent = tables.held_start(self.db.reader, execution_id)
+        if intent is not None and intent.cmd_id not in self.held:
             self._hold(intent)
 
     async def changed(self, about: str) -> None:
@@ -197,3 +202,18 @@ class Ledger:
 
     def _save_log(self, row: LogRow) -> Awaitable[None]:
         return self.db.write(lambda db: told.put_log(db, row))
+
+    async def _trim_log(self, log: Log) -> None:
+        """Give up the beginning of a PTY's log that has grown long."""
+        kept = log.gaps[0][1] if log.gaps and log.gaps[0][0] == 0 else 0
+        if log.whole - kept <= PTY_LOG_BYTES + PTY_TRIM_BYTES or not ptytables.is_pty(self.db.reader, log.attempt):
+            return
+        try:
+            start = await anyio.to_thread.run_sync(logtrim.cut_of, log.row, log.path)
+            if start > kept:
+                log.forget(start)
+                # A reader that finds zeros where the row promises records would take the log for damaged.
+                await log.sync(self._save_log)
+                await anyio.to_thread.run_sync(logtrim.punch, log.path, start)
+        except OSError as exc:
+            _log.warning("log.not_trimmed", attempt=log.attempt, error=exc.strerror)

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from protocol.limits import CHANNEL_WINDOW_BYTES_MAX, KIB, MIB
+from protocol.limits import CHANNEL_WINDOW_BYTES_MAX, KIB, MIB, PTY_AHEAD_BYTES, PTY_AHEAD_BYTES_MIN
 
 INTENT_TTL_MS: Final = 24 * 60 * 60 * 1000
 """A request that no runner took in a day is a forgotten one."""
@@ -70,9 +70,41 @@ SYNCS_AT_ONCE_MAX: Final = 4
 READ_BLOCK_BYTES: Final = 256 * KIB
 """One read of a log for a client; several records always fit."""
 DIGEST_BLOCK_BYTES: Final = 1 * MIB
+PTY_LOG_BYTES: Final = 64 * MIB
+"""Kept of the log of a PTY, the newest: weeks of a shell, and a shell that lives for years must not fill the disk."""
+PTY_TRIM_BYTES: Final = 16 * MIB
+"""By so much it may be longer: what is looked for and given up at once is worth a transaction."""
+PTY_SKIP_BYTES: Final = 1 * MIB
+"""A viewer of a PTY that is this far behind is shown its end: nobody reads what rushes by at that speed."""
+PTY_UNSEEN_BYTES: Final = 2 * PTY_AHEAD_BYTES
+"""Sent to a viewer and not told to be shown: twice what a PTY runs ahead of whom it waits for, so that this is never the bound."""
+PTY_SEEN_STEP_BYTES: Final = 32 * KIB
+"""How far the foremost viewer follows before its runner is told: half of the least that a paused PTY has to go on."""
+PTY_HELD_BYTES: Final = 256 * KIB
+"""Typed by one viewer and not taken yet: as much as a shim holds for a program that does not read."""
+PTY_HELD_PIECES: Final = 1024
+"""The same in pieces, which may be single keystrokes."""
+PTY_PIECES_IN_FLIGHT: Final = 64
+"""Of them sent to the runner and not answered: 200 keystrokes a second at 300 ms, and few enough for a session's queue."""
+PTY_RESEND_S: Final = 1.0
+"""A piece without an answer for this long goes again; answers come within one round trip."""
+PTY_TAKEN_HELD_MAX: Final = 64
+"""Answers that wait for a viewer's socket, each with another reason; later ones say more."""
+PTY_CONNECTIONS_MAX: Final = 1024
+"""Viewers that are connected, in all: each has a log open and half a megabyte under way."""
+PTY_BEGIN_S: Final = 10.0
+"""From the connection of a viewer to its first word."""
+PTY_ATTACH_WAIT_S: Final = 20.0
+"""How long an attach waits for its runner: below the patience of every proxy we know."""
+TICKET_TTL_MS: Final = 30 * 1000
+"""A ticket is used by the next request of the same program or never."""
+TICKETS_MAX: Final = 4096
+"""Tickets that are good at a time."""
 LOG_END_MAX: Final = 2**50
 """Where a log ends at the latest: a petabyte, so that every offset and credit stays an integer of every JSON."""
 GAPS_MAX: Final = 10_000
 """Holes remembered of one log."""
 
 assert SYNC_AFTER_BYTES > CHANNEL_WINDOW_BYTES_MAX
+assert PTY_SEEN_STEP_BYTES < PTY_AHEAD_BYTES_MIN
+assert PTY_UNSEEN_BYTES < PTY_SKIP_BYTES

@@ -39,6 +39,29 @@ def find_start(row: LogRow, path: Path, wish: Wish) -> Start:
         return start
 
 
+def records_around(row: LogRow, path: Path, offset: int, size_max: int) -> Iterator[Record]:
+    """The records from the start of the segment that holds `offset` to the end of the log, behind the last hole.
+
+    Nothing where that is more than `size_max` bytes. Raises OSError.
+    """
+    last = row.gaps[-1][1] if row.gaps else 0
+    if row.end <= last:
+        return
+    with _stored(row, path) as log:
+        base = log.segment_at(max(offset, last))
+        if row.end - base <= size_max:
+            yield from log.records(base, row.end)
+
+
+def segment_of(row: LogRow, path: Path, offset: int) -> int:
+    """Where the segment begins that holds `offset`; of one in a hole, where that ends. Raises OSError."""
+    gap = next_gap(row.gaps, offset)
+    if gap is not None and gap[0] <= offset:
+        return gap[1]
+    with _stored(row, path) as log:
+        return log.segment_at(offset)
+
+
 @contextmanager
 def _stored(row: LogRow, path: Path) -> Iterator["_Stored"]:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -64,8 +87,8 @@ class _Stored:
             return self._row.end
         if (gap := self._gap_at(offset)) is not None:
             return gap[0]
-        base = self._segment_at(offset)
-        for record in self._records(base, self._limit(base)):
+        base = self.segment_at(offset)
+        for record in self.records(base, self._limit(base)):
             if record.end > offset:
                 return record.offset
         return base
@@ -74,10 +97,10 @@ class _Stored:
         """The start of the first record that is not older; the end where there is none."""
         low, high = 0, self._row.end
         while high - low > HALVE_ABOVE_BYTES:
-            middle = self._segment_at((low + high) // 2)
+            middle = self.segment_at((low + high) // 2)
             if middle <= low:
                 break
-            first = next(self._records(middle, self._limit(middle)), None)
+            first = next(self.records(middle, self._limit(middle)), None)
             if first is None or first.unix_ns < since_ns:
                 low = middle
             else:
@@ -87,7 +110,7 @@ class _Stored:
                 low = gap[1]
                 continue
             limit = self._limit(low)
-            for record in self._records(low, limit):
+            for record in self.records(low, limit):
                 if record.unix_ns >= since_ns:
                     return record.offset
             low = limit
@@ -101,8 +124,8 @@ class _Stored:
             if (gap := self._gap_at(at - 1)) is not None:
                 at = gap[0]
                 continue
-            base = self._segment_at(at - 1)
-            tail.feed(self._records(base, at))
+            base = self.segment_at(at - 1)
+            tail.feed(self.records(base, at))
             at = base
         return tail.start()
 
@@ -115,7 +138,7 @@ class _Stored:
         gap = next_gap(self._row.gaps, offset)
         return self._row.end if gap is None else gap[0]
 
-    def _segment_at(self, offset: int) -> int:
+    def segment_at(self, offset: int) -> int:
         """Where the segment begins that holds `offset`, which is in no hole: behind a hole at the latest."""
         floor = max((end for _start, end in self._row.gaps if end <= offset), default=0)
         # The name of a segment that begins at `offset` ends behind it.
@@ -144,7 +167,7 @@ class _Stored:
             return False
         return (header.base, header.attempt) == (base, self._row.attempt)
 
-    def _records(self, start: int, stop: int) -> Iterator[Record]:
+    def records(self, start: int, stop: int) -> Iterator[Record]:
         """Whole records of `[start, stop)`, up to the first that is damaged."""
         at = start
         while at < stop:

@@ -24,7 +24,7 @@ from controlplane.ledger import Clock, Entropy, Ledger
 from controlplane.limits import EXPIRY_SWEEP_MS, KEYSET_CHECK_MS, LAST_SEEN_FLUSH_MS
 from controlplane.renewals import Renewals
 from controlplane.rows import RunnerRow
-from controlplane.running import Running
+from controlplane.terminals import Terminals
 from protocol.errors import CloseCode, Reason
 from protocol.groups import ungrouped
 from protocol.keys import PublicKey
@@ -48,13 +48,15 @@ def boottime_ms() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
 
 
-class ControlPlane(Running):
+class ControlPlane(Terminals):
     """A control plane that is open. Made by `open` alone."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__(ledger)
         renewals = Renewals(ledger, self.switchboard.beats)
-        self.gateway: Final = Gateway(self.switchboard, renewals, ledger.clock, ledger.entropy, self.fed)
+        self.gateway: Final = Gateway(
+            self.switchboard, renewals, ledger.clock, ledger.entropy, self.fed, self.hub.taken
+        )
 
     @classmethod
     @asynccontextmanager

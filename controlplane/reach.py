@@ -27,11 +27,15 @@ _NEXT: Final = {
     "WORKTREE_NOT_READY": "runner-control worktree ls",
     "BAD_OFFSET": "runner-control logs EXECUTION   (offsets are where records begin)",
     "TOO_MANY_INTENTS": "runner-control ps",
+    "NOT_A_PTY": "runner-control pty ls",
+    "ATTACH_REFUSED": "runner-control pty ls   (the owner's policy may not admit it: runner policy show, there)",
+    "RUNNER_SILENT": "runner-control runners",
     "UNKNOWN_ATTEMPT": "runner-control show EXECUTION   (and show RUNNER: what lives there)",
     "NOT_MOVABLE": "runner-control rerun EXECUTION   (on its own runner)",
     "SECRETS_WANTED": "runner-control rerun EXECUTION --secret NAME=@FILE",
 }
 _ELSE_NEXT: Final = "runner-control --help"
+_ORIGIN: Final = re.compile(r"https?://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
 _URL: Final = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?/?")
 
 
@@ -111,6 +115,13 @@ def plane_url(_ctx: click.Context, _option: click.Parameter, url: str) -> str:
     if not _URL.fullmatch(url) or (port.isdigit() and not 0 < int(port) < 65536):
         raise click.BadParameter("expected http://HOST:PORT or https://HOST")
     return url
+
+
+def page_origins(_ctx: click.Context, _option: click.Parameter, origins: tuple[str, ...]) -> tuple[str, ...]:
+    """Origins as browsers write them, to the letter. Raises click.BadParameter."""
+    if bad := [origin for origin in origins if not _ORIGIN.fullmatch(origin)]:
+        raise click.BadParameter(f"expected https://HOST[:PORT] in small letters, without a path: {bad[0]!r}")
+    return origins
 
 
 def data_dir() -> Path:

@@ -8,16 +8,20 @@ from pydantic import Field, ValidationError, model_validator
 from controlplane.errors import Fault, RequestRefused
 from controlplane.limits import PAYLOAD_HEADER_BYTES_MAX
 from protocol.commands import (
-    Argument,
+    Background,
     EnvName,
-    EnvValue,
     ExecutionStart,
     InputKey,
+    Kind,
     OnLoss,
     Overflow,
     PathCwd,
+    PtyOpen,
     SealedSecret,
     SignalName,
+    Size,
+    SizePolicy,
+    ViewerMode,
     WorktreeCwd,
 )
 from protocol.identity import Labels
@@ -33,7 +37,8 @@ from protocol.limits import (
     TIMEOUT_MS_MAX,
 )
 from protocol.secretbox import seal_secret
-from protocol.wire import AbsolutePath, Closed, Id, Positive, RelativePath, Text, first_error
+from protocol.starts import Argument, EnvValue
+from protocol.wire import AbsolutePath, Closed, Id, JsonObject, Positive, RelativePath, Text, ViewerId, first_error
 
 GraceMs = Annotated[int, Field(ge=0, le=GRACE_MS_MAX)]
 
@@ -45,10 +50,10 @@ class JoinRequest(Closed):
     labels: Labels = {}
 
 
-class ExecutionRequest(Closed):
-    """Run `argv` on a runner, in a directory or a managed worktree."""
+class StartRequest(Closed):
+    """What is the same of all that is started on a runner, in a directory or a managed worktree."""
 
-    argv: Annotated[list[Argument], Field(min_length=1, max_length=ARGV_ITEMS_MAX)]
+    argv: Annotated[list[Argument], Field(max_length=ARGV_ITEMS_MAX)]
     cwd: AbsolutePath | None = None
     worktree: Id | None = None
     subdir: RelativePath | None = None
@@ -58,17 +63,41 @@ class ExecutionRequest(Closed):
     grace_ms: GraceMs | None = None
     on_loss: OnLoss = OnLoss.CONTINUE
     idle_timeout_ms: Annotated[int, Field(ge=1, le=TIMEOUT_MS_MAX)] | None = None
-    overflow: Overflow = Overflow.HEAD_TAIL
-    stdin: InputKey | None = None
-    events: bool = False
 
     @model_validator(mode="after")
-    def _somewhere(self) -> "ExecutionRequest":
+    def _somewhere(self) -> "StartRequest":
         if (self.cwd is None) == (self.worktree is None):
             raise ValueError("exactly one of cwd and worktree says where")
         if self.subdir is not None and self.worktree is None:
             raise ValueError("subdir goes with worktree")
         return self
+
+
+class ExecutionRequest(StartRequest):
+    """Run `argv` with pipes."""
+
+    argv: Annotated[list[Argument], Field(min_length=1, max_length=ARGV_ITEMS_MAX)]
+    overflow: Overflow = Overflow.HEAD_TAIL
+    stdin: InputKey | None = None
+    events: bool = False
+
+
+class PtyRequest(StartRequest):
+    """Run `argv`, or the login shell of the runner's user, in a terminal."""
+
+    runner: Id
+    argv: Annotated[list[Argument], Field(max_length=ARGV_ITEMS_MAX)] = []
+    size: Size
+    size_policy: SizePolicy = SizePolicy.LATEST
+    background: Background = Background.SWEEP
+
+
+class AttachRequest(Closed):
+    """Let whoever holds `key` look on, or type. Without `viewer` it is the one that was let in with this key and mode, or a new one."""
+
+    key: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{43}$")]
+    mode: ViewerMode = ViewerMode.WRITE
+    viewer: ViewerId | None = None
 
 
 class StopRequest(Closed):
@@ -127,8 +156,8 @@ class RemoveRequest(Closed):
     force: bool = False
 
 
-def start_of(request: ExecutionRequest, runner_id: str, seal_x: str, attempt: Attempt) -> bytes:
-    """The arguments of the start, with every secret sealed to the runner for this attempt and name.
+def start_of(request: ExecutionRequest | PtyRequest, runner_id: str, seal_x: str, attempt: Attempt) -> bytes:
+    """The arguments of the start, of the kind that is asked for, with every secret sealed to the runner for this attempt and name.
 
     Raises:
         RequestRefused: BAD_REQUEST, or TOO_LARGE for what no command can carry.
@@ -139,46 +168,45 @@ def start_of(request: ExecutionRequest, runner_id: str, seal_x: str, attempt: At
     else:
         assert request.worktree is not None, "the model wants one of the two"
         cwd = WorktreeCwd(type="worktree", worktree_id=request.worktree, subdir=request.subdir)
+    start: ExecutionStart | PtyOpen
     try:
-        start = ExecutionStart(
-            execution_id=attempt.execution_id,
-            start_token=attempt.start_token,
-            argv=request.argv,
-            cwd=cwd,
-            env=request.env,
-            secrets=_sealed(request.secrets, runner_id, seal_x, attempt),
-            timeout_ms=request.timeout_ms,
-            grace_ms=request.grace_ms,
-            idle_timeout_ms=request.idle_timeout_ms,
-            overflow=request.overflow,
-            stdin=request.stdin,
-            events=request.events,
-        )
+        common: JsonObject = {
+            "execution_id": attempt.execution_id,
+            "start_token": attempt.start_token,
+            "argv": request.argv,
+            "cwd": cwd,
+            "env": request.env,
+            "secrets": _sealed(request.secrets, runner_id, seal_x, attempt),
+            "timeout_ms": request.timeout_ms,
+            "grace_ms": request.grace_ms,
+            "idle_timeout_ms": request.idle_timeout_ms,
+        }
+        if isinstance(request, PtyRequest):
+            size, policy = request.size, request.size_policy
+            start = PtyOpen(**common, size=size, size_policy=policy, background=request.background)
+        else:
+            overflow, stdin = request.overflow, request.stdin
+            start = ExecutionStart(**common, overflow=overflow, stdin=stdin, events=request.events)
     except ValidationError as exc:
         raise RequestRefused(Fault.BAD_REQUEST, first_error(exc)) from None
     return fitting(start.dump())
 
 
 def start_again(
-    before: bytes, secrets: Mapping[str, str], runner_id: str, seal_x: str, attempt: Attempt
-) -> ExecutionStart:
-    """The arguments of a later attempt: those of the start `before`, with its secrets sealed anew.
+    kind: str, before: bytes, secrets: Mapping[str, str], runner_id: str, seal_x: str, attempt: Attempt
+) -> ExecutionStart | PtyOpen:
+    """The arguments of a later attempt: those of the start `before`, which is of `kind`, with its secrets sealed anew.
 
     Raises:
         RequestRefused: SECRETS_WANTED when other secrets are given than the first start had, or none; TOO_LARGE.
     """
-    start = ExecutionStart.parse(before)
+    start = PtyOpen.parse(before) if kind == Kind.PTY_OPEN else ExecutionStart.parse(before)
     wanted = sorted(secret.name for secret in start.secrets)
     if wanted != sorted(secrets):
         said = f"it wants the values of these again: {', '.join(wanted)}" if wanted else "it has no secrets"
         raise RequestRefused(Fault.SECRETS_WANTED, said)
-    return start.model_copy(
-        update={
-            "start_token": attempt.start_token,
-            "secrets": _sealed(secrets, runner_id, seal_x, attempt),
-            "stdin": None,
-        }
-    )
+    update = {"start_token": attempt.start_token, "secrets": _sealed(secrets, runner_id, seal_x, attempt)}
+    return start.model_copy(update=update if kind == Kind.PTY_OPEN else update | {"stdin": None})
 
 
 def _sealed(secrets: Mapping[str, str], runner_id: str, seal_x: str, attempt: Attempt) -> list[SealedSecret]:

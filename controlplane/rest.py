@@ -1,6 +1,6 @@
 """The REST side under /v1, as FastAPI routes: read, validate, ask the plane, answer. No decision is made here.
 
-Rule 1: nothing but health answers without the admin token. Rule 2: a body is bounded and strict JSON.
+Rule 1: nothing but health, and the files of the pages, answers without the admin token. Rule 2: a body is bounded and strict JSON.
 Rule 3: an error names a reason, at most the name of a field, and never repeats a value that was sent.
 """
 
@@ -17,11 +17,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from controlplane.errors import Fault, RequestRefused
 from controlplane.limits import BODY_BYTES_MAX, IDEMPOTENCY_KEY_CHARS_MAX, LIST_LIMIT, LIST_LIMIT_MAX, WAIT_MS_MAX
+from controlplane.pages import PREFIX, routes
 from controlplane.plane import ControlPlane
 from controlplane.requests import (
+    AttachRequest,
     ExecutionRequest,
     InputRequest,
     JoinRequest,
+    PtyRequest,
     RemoveRequest,
     RerunRequest,
     SignalRequest,
@@ -76,7 +79,10 @@ def make_app(plane: ControlPlane) -> ASGIApp:
     _add_facts(app, plane)
     _add_executions(app, plane)
     _add_worktrees(app, plane)
+    _add_ptys(app, plane)
     app.router.routes.append(WebSocketRoute("/v1/runner", plane.gateway.serve))
+    app.router.routes.append(WebSocketRoute("/v1/ptys/{pty}", plane.pty_socket.serve))
+    app.router.routes.extend(routes())
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
     return Guard(app, plane)
@@ -91,7 +97,8 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
-        if scope["type"] == "http" and scope["path"] != HEALTH and not self._admits(scope):
+        free = scope["type"] != "http" or scope["path"] == HEALTH or scope["path"].startswith(PREFIX)
+        if not free and not self._admits(scope):
             refused = _refusal(RequestRefused(Fault.UNAUTHORIZED, "the admin token is wanted: Authorization: Bearer …"))
             refused.headers["WWW-Authenticate"] = "Bearer"
             await refused(scope, receive, send)
@@ -198,6 +205,33 @@ def _add_executions(app: FastAPI, plane: ControlPlane) -> None:
     @app.get("/v1/executions/{execution}/digests")
     async def digests(execution: Name, attempt: Token = None) -> Any:
         return await plane.digests(execution, attempt)
+
+
+def _add_ptys(app: FastAPI, plane: ControlPlane) -> None:
+    @app.post("/v1/ptys", status_code=202)
+    async def open_pty(request: Request) -> Response:
+        wanted, asked = await _asked(request, plane, PtyRequest)
+        return _reply(await plane.ask_pty(wanted, asked))
+
+    @app.get("/v1/ptys")
+    async def ptys(
+        runner: NameFilter = None, everything: Annotated[bool, Query(alias="all")] = False, limit: Limit = LIST_LIMIT
+    ) -> Any:
+        return {"ptys": [row.model_dump() for row in plane.ptys(runner, everything=everything, limit=limit)]}
+
+    @app.get("/v1/ptys/{pty}")
+    async def one_pty(pty: Name) -> Any:
+        return plane.pty(pty).model_dump()
+
+    @app.post("/v1/ptys/{pty}/close", status_code=202)
+    async def close(pty: Name, request: Request) -> Response:
+        wanted, asked = await _asked(request, plane, StopRequest)
+        return _reply(await plane.ask_close(pty, wanted, asked))
+
+    @app.post("/v1/ptys/{pty}/attach")
+    async def attach(pty: Name, request: Request) -> Any:
+        # Told apart by the viewer's key: the same one again is the same viewer, with another ticket.
+        return (await plane.attach(pty, _parsed(await _body(request), AttachRequest))).model_dump()
 
 
 def _add_worktrees(app: FastAPI, plane: ControlPlane) -> None:

@@ -5,11 +5,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from protocol.commands import STREAM_OF, Stream
+from protocol.commands import STREAM_OF, Kind, Stream
 from protocol.ids import GENESIS, Attempt, Digest, ExecutionId, FencingToken
 from protocol.replay import Mark
 
 _START: Final = Mark()
+STARTS: Final = frozenset({Kind.EXECUTION_START, Kind.PTY_OPEN})
+"""What begins an attempt."""
+STOPS: Final = frozenset({Kind.EXECUTION_STOP, Kind.PTY_CLOSE})
+"""What ends one."""
 
 
 class ExecutionState(StrEnum):

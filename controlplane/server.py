@@ -6,7 +6,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,14 +48,22 @@ def serve(
     allow_remote: bool,
     log_format: str,
     announce: Callable[[Announcement], None],
+    origins: Collection[str] = (),
 ) -> None:
-    """Serve until SIGTERM or SIGINT. Raises StartRefused."""
+    """Serve until SIGTERM or SIGINT; pages of `origins` may look at PTYs, beside our own. Raises StartRefused."""
     configure_logging(log_format)
-    uvloop.run(_serve(data_dir, db, host, port, allow_remote=allow_remote, announce=announce))
+    uvloop.run(_serve(data_dir, db, host, port, allow_remote=allow_remote, announce=announce, origins=origins))
 
 
 async def _serve(
-    data_dir: Path, db: Path, host: str, port: int, *, allow_remote: bool, announce: Callable[[Announcement], None]
+    data_dir: Path,
+    db: Path,
+    host: str,
+    port: int,
+    *,
+    allow_remote: bool,
+    announce: Callable[[Announcement], None],
+    origins: Collection[str],
 ) -> None:
     refuse_remote(host, allow_remote=allow_remote)
     stop = asyncio.Event()
@@ -63,6 +71,7 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with ControlPlane.open(data_dir, db=db) as plane, run_embedded(plane, host, port) as bound:
+        plane.pty_socket.origins = frozenset(origins)
         join = (await plane.join_token()).join if plane.keys.first_start else None
         announce(Announcement(host, bound, plane.keys.root.fingerprint, join, data_dir))
         await stop.wait()

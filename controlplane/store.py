@@ -11,6 +11,7 @@ from controlplane.errors import Fault, RequestRefused
 from controlplane.leasing import lease_resource, token_floor, worktree_resource
 from controlplane.limits import IDEMPOTENCY_TTL_MS, INTENTS_QUEUED_MAX
 from controlplane.rows import (
+    STARTS,
     CommandRow,
     ExecutionRow,
     ExecutionState,
@@ -25,9 +26,9 @@ from protocol.errors import Reason
 from protocol.limits import LEASE_TTL_MS
 
 _KINDS_OF: Final = {stream: tuple(kind for kind, of in STREAM_OF.items() if of is stream) for stream in Stream}
-_BEGINNING: Final = (Kind.EXECUTION_START, Kind.WORKTREE_CREATE)
+_BEGINNING: Final = (*STARTS, Kind.WORKTREE_CREATE)
 """What a runner that is paused or draining takes nothing of."""
-_LEASED: Final = (Kind.EXECUTION_START, Kind.LEASE_ACQUIRE)
+_LEASED: Final = (*STARTS, Kind.LEASE_ACQUIRE)
 _SWEEP_MAX: Final = 1000
 
 
@@ -208,11 +209,11 @@ def _ctl_kinds(permit: Permit) -> tuple[str, ...]:
 
 def _drop(db: Db, intent: IntentRow) -> bool:
     """Give up what is not wanted any more: a start whose place was taken, a lease for what is stopped or over."""
-    if intent.kind not in (Kind.EXECUTION_START, Kind.LEASE_ACQUIRE):
+    if intent.kind not in _LEASED:
         return False
     current = tables.execution(db, intent.subject)
     superseded = current is not None and current.start_token != intent.start_token
-    if intent.kind == Kind.EXECUTION_START:
+    if intent.kind in STARTS:
         if superseded:
             call_back_start(db, intent)
         return superseded
@@ -259,7 +260,7 @@ def _sent(db: Db, intent: IntentRow) -> None:
 def _expire(db: Db, intent: IntentRow) -> None:
     tables.put_intent_state(db, replace(intent, state=IntentState.EXPIRED))
     detail = "no runner took it in time"
-    start = intent.kind == Kind.EXECUTION_START
+    start = intent.kind in STARTS
     execution = tables.attempt(db, intent.subject, intent.start_token) if start else None
     if execution is not None and not execution.state.final:
         row = replace(execution, state=ExecutionState.CANCELLED, reason=Reason.EXPIRED, detail=detail)

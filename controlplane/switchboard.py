@@ -4,7 +4,7 @@ Rule 1: a runner has one session; a new one ends the old. Rule 2: what changes r
 consequences in memory happen when that is durable, in order, whether or not anybody still waits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import anyio.to_thread
@@ -63,6 +63,7 @@ class Switchboard:
         self._ledger = ledger
         self._sessions: dict[str, Session] = {}
         self.beats: Final = Beats(ledger)
+        self.line_changed: Callable[[str], None] = lambda _: None  # of this runner: a session is there, or gone
 
     @property
     def sessions(self) -> Sequence[Session]:
@@ -159,6 +160,7 @@ class Switchboard:
                 session.begin(begun, claims.out_head)
             if before is not None:
                 before.end(Reason.SESSION_REPLACED, CloseCode.SESSION_REPLACED, "a newer session began")
+            self.line_changed(session.runner_id)
             ledger.refresh(begun.touched)
 
         line = Line(seen=tuple(self._marks(session.runner_id)), instance=self.beats.beating(session.runner_id))
@@ -205,6 +207,7 @@ class Switchboard:
         session.channels.release()
         if self._sessions.get(session.runner_id) is session:
             del self._sessions[session.runner_id]
+            self.line_changed(session.runner_id)
             _log.info("session.ended", runner=session.runner_id, session=session.id)
 
     # --- dispatch -----------------------------------------------------------------------------------------------

@@ -166,6 +166,13 @@ def held_intents(db: Db) -> list[IntentRow]:
     return [_intent(found) for found in db.execute("SELECT * FROM intents WHERE state = 'held' ORDER BY ordinal")]
 
 
+def held_start(db: Db, execution_id: str) -> IntentRow | None:
+    """The start of an execution's current attempt, while it waits for the lease of another."""
+    sql = "SELECT i.* FROM executions e JOIN intents i ON i.cmd_id = e.cmd_id WHERE e.id = ? AND i.state = 'held'"
+    found = db.execute(sql, (execution_id,)).fetchone()
+    return None if found is None else _intent(found)
+
+
 def open_intents(db: Db, subject: str, kind: str) -> list[IntentRow]:
     """Intents of a kind about a subject that have no answer yet."""
     sql = "SELECT * FROM intents WHERE subject = ? AND kind = ? AND state IN ('queued', 'sent') ORDER BY ordinal"
@@ -232,16 +239,18 @@ def add_execution(db: Db, row: ExecutionRow) -> None:
 def put_execution(db: Db, row: ExecutionRow) -> None:
     """Write what of an attempt may change. How it ended is written by `settle` alone, and nothing is behind that."""
     for table in _ATTEMPT_TABLES:
-        db.execute(
+        there = db.execute(
             f"UPDATE {table} SET stop_cmd_id = ?, receipt = ?, lease_token = ?, lease_refused = ?"  # noqa: S608
             " WHERE id = ? AND start_token = ?",
             (row.stop_cmd_id, row.receipt, row.lease_token, row.lease_refused, row.id, row.start_token),
-        )
+        ).rowcount
         db.execute(
             f"UPDATE {table} SET state = ?, exit_status = ?, reason = ?, detail = ?, verdict = ?"  # noqa: S608
             " WHERE id = ? AND start_token = ? AND settlement IS NULL",
             (row.state, row.exit_status, row.reason, row.detail, row.verdict, row.id, row.start_token),
         )
+        if there:
+            return  # An attempt is in one of the tables.
 
 
 def settle(db: Db, row: ExecutionRow) -> bool:
@@ -256,6 +265,8 @@ def settle(db: Db, row: ExecutionRow) -> bool:
                 row.id, row.start_token,
             ),
         ).rowcount  # fmt: skip
+        if changed:
+            break
     return changed == 1
 
 
@@ -289,6 +300,16 @@ def attempt(db: Db, execution_id: str, start_token: int | None) -> ExecutionRow 
         found = db.execute(sql, (execution_id, start_token)).fetchone()
         if found is not None:
             return _execution(found)
+    return None
+
+
+def owner(db: Db, execution_id: str, start_token: int) -> str | None:
+    """The runner that an attempt belongs to."""
+    for table in _ATTEMPT_TABLES:
+        sql = f"SELECT runner_id FROM {table} WHERE id = ? AND start_token = ?"  # noqa: S608
+        found = db.execute(sql, (execution_id, start_token)).fetchone()
+        if found is not None:
+            return str(found[0])
     return None
 
 

@@ -6,7 +6,7 @@ import click
 
 from controlplane.reach import LIVING, ExitCode, Reach, pass_reach, path_id, secret, without_none
 from controlplane.render import complain
-from protocol.commands import SignalName
+from protocol.choices import SignalName
 from terminal.options import DURATION, as_json
 from terminal.printing import print_json
 

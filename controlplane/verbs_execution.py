@@ -3,12 +3,11 @@
 import os
 import sys
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from controlplane.client import Json, PlaneClient, PlaneRefused, PlaneUnreachable
-from controlplane.feeder import Feeder
 from controlplane.follow import (
     Left,
     follow_log,
@@ -29,11 +28,14 @@ from controlplane.reach import (
     without_none,
 )
 from controlplane.render import complain, moment, print_table, try_again
-from protocol.commands import Overflow
+from protocol.choices import Overflow
 from protocol.errors import RemoteError
 from protocol.logevents import WithEvents
 from terminal.options import DURATION, as_json
 from terminal.printing import log_text, print_json, shell_words, write_piece
+
+if TYPE_CHECKING:
+    from controlplane.feeder import Feeder
 
 LIST_MAX: Final = 500
 """Executions in one listing: what a control plane gives at most."""
@@ -129,10 +131,15 @@ def execute(
     ctx.exit(_status(ended))
 
 
-def _feeder(*, interactive: bool, detach: bool) -> Feeder | None:
+def _feeder(*, interactive: bool, detach: bool) -> "Feeder | None":
     if interactive and detach:
         raise click.UsageError("--stdin and --detach: somebody has to stay and write")
-    return Feeder() if interactive else None
+    if not interactive:
+        return None
+    # Keys and messages are for this alone, and take as long to load as all the rest.
+    from controlplane.feeder import Feeder
+
+    return Feeder()
 
 
 def _body(
@@ -171,7 +178,7 @@ def _body(
     )
 
 
-def _be(client: PlaneClient, ordered: Json, feeder: Feeder | None, *, quiet: bool) -> Json:
+def _be(client: PlaneClient, ordered: Json, feeder: "Feeder | None", *, quiet: bool) -> Json:
     """Follow the attempt to its end; ^C stops it. What somebody else has run again later is not ours."""
     execution_id, attempt = ordered["id"], ordered["start_token"]
     if feeder is not None:

@@ -16,6 +16,7 @@ from controlplane.rows import (
     StatementRow,
     WorktreeRow,
 )
+from protocol.commands import Size
 from protocol.logproof import EMPTY, Claim, Sums, prove
 from protocol.messages import InputFed
 
@@ -23,7 +24,7 @@ JsonObject = dict[str, Any]
 
 
 class _View(BaseModel):
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
 
 class LogView(_View):
@@ -64,6 +65,10 @@ class Execution(_View):
     """Why it is not sent although its runner is there."""
     retry_after_ms: int | None = None
     """When a runner that refused it for now is worth asking again."""
+    pty: bool = False
+    """Whether it has a terminal instead of pipes."""
+    size: JsonObject | None = None
+    """Of a PTY: the rows and columns it was opened with."""
 
     @property
     def final(self) -> bool:
@@ -117,6 +122,16 @@ class Order(_View):
     result: JsonObject = {}
 
 
+class Attached(_View):
+    """A viewer that is let in: the ticket opens one connection, until `expires_ms`."""
+
+    viewer: str
+    ticket: str
+    expires_ms: int
+    attempt: str
+    mode: str
+
+
 class Fed(_View):
     """How far an attempt's stdin is: `received` bytes are taken; `closed`: nobody reads any more, `reason` where that is why."""
 
@@ -159,8 +174,10 @@ class Join(_View):
     expires_ms: int
 
 
-def execution_view(row: ExecutionRow, runner_name: str, log: LogRow | None, waits: str = "") -> Execution:
-    """Show an execution, or one attempt of it."""
+def execution_view(
+    row: ExecutionRow, runner_name: str, log: LogRow | None, waits: str = "", size: Size | None = None
+) -> Execution:
+    """Show an execution, or one attempt of it; `size` is that of a PTY."""
     receipt = None if row.receipt is None else json.loads(row.receipt)
     settlement = None if row.settlement is None else json.loads(row.settlement)
     refusal = receipt if row.state is ExecutionState.REFUSED else None
@@ -186,6 +203,8 @@ def execution_view(row: ExecutionRow, runner_name: str, log: LogRow | None, wait
         verdict=settlement["verdict"] if settlement is not None else row.verdict,
         waits=waits,
         retry_after_ms=None if refusal is None else _count(refusal["result"].get("retry_after_ms")),
+        pty=size is not None,
+        size=None if size is None else size.model_dump(),
     )
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator
@@ -593,3 +594,20 @@ async def test_serve_announces_and_serves(tmp_path: Path) -> None:
     refused = await start("--listen", "0.0.0.0:0")
     _, err = await asyncio.wait_for(refused.communicate(), WAIT_S)
     assert refused.returncode == 1 and b"loopback" in err
+
+
+HEAVY = ("cryptography", "fastapi", "pydantic", "rich", "structlog", "websockets")
+
+
+@pytest.mark.parametrize("verb", [("exec", "--help"), ("logs", "--help"), ("signal", "--help")])
+def test_what_asks_a_plane_is_light(tmp_path: Path, verb: tuple[str, ...]) -> None:
+    """No models, keys or colours are loaded before a verb needs them."""
+    script = (
+        "import atexit, sys; from controlplane.cli import main; sys.argv[0] = 'runner-control';"
+        f"atexit.register(lambda: print('HEAVY', *sorted(sys.modules.keys() & set({HEAVY!r})), file=sys.stderr)); main()"
+    )
+    environ = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *verb], env=environ, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "HEAVY")

@@ -236,7 +236,7 @@ async def test_the_shape_of_an_execution_is_the_contract(tmp_path: Path) -> None
         assert list(asked) == [
             "id", "runner", "runner_name", "start_token", "state", "argv", "cwd", "worktree", "created_ms", "cmd_id",
             "stop_requested", "receipt", "settlement", "exit_status", "reason", "detail", "log", "lease_token", "verdict",
-            "waits", "retry_after_ms",
+            "waits", "retry_after_ms", "pty", "size",
         ]  # fmt: skip
         assert asked["log"] == {"end": 0, "complete": False, "short_bytes": 0}
         assert json.loads(json.dumps(await cp.get(f"/v1/executions/{asked['id']}"))) == asked
