@@ -13,6 +13,7 @@ from protocol.errors import RemoteError
 from protocol.keyset import Keyset
 from protocol.limits import JSON_DEPTH_MAX, JSON_INT_MAX
 from protocol.messages import decode_from_plane, decode_from_runner
+from protocol.wire import JsonObject, Open
 from tests.property.hostile_json import HARMLESS, HOSTILE
 
 SIZE_MAX = 1_000_000
@@ -135,3 +136,17 @@ def test_any_fields_of_any_message_are_read_or_refused(fields: dict[str, object]
             decode(text)
         except RemoteError:
             continue
+
+
+class Said(Open):
+    """A model that holds anything that JSON can say."""
+
+    text: str
+    more: JsonObject
+
+
+@given(text=TEXT, more=st.dictionaries(TEXT, DOCUMENTS, max_size=4))
+def test_a_model_is_written_as_its_document_is(text: str, more: JsonObject) -> None:
+    """Byte for byte: whoever signs a model and whoever signs the same document sign the same."""
+    said = Said(text=text, more=more)
+    assert said.dump() == strict_json.dumps({"text": text, "more": more})

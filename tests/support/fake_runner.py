@@ -16,12 +16,13 @@ import anyio
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-from protocol.commands import Audience, Command, ExecutionStart, parse_args
+from protocol.commands import Audience, Command, ExecutionStart, PtyOpen, parse_args
 from protocol.envelope import PayloadType, Verified, digest_of, open_envelope, seal
 from protocol.errors import Reason
 from protocol.frames import DataFrame, encode_data
 from protocol.handshake import Established, RunnerHandshake, Standing, open_certificate
 from protocol.identity import Certificate, EnrollClaims, JoinString, runner_url
+from protocol.ids import Attempt
 from protocol.keys import PrivateKey, b64url
 from protocol.keyset import Keyset, Role, Root, open_keyset
 from protocol.messages import (
@@ -219,7 +220,7 @@ class FakeRunner:
 
     def accepted(self, command: Verified[Command]) -> ReportItem:
         """The receipt of a start that was begun."""
-        start = start_of(command)
+        start = attempt_of(command)
         result = {"execution_id": start.execution_id, "start_token": start.start_token}
         return self.receipt(command, Outcome.ACCEPTED, result=result)
 
@@ -232,7 +233,7 @@ class FakeRunner:
         verdict: Verdict = Verdict.EXITED,
     ) -> ReportItem:
         """The settlement of a start, as one that ended by itself if nothing else is said."""
-        start = start_of(command)
+        start = attempt_of(command)
         statement = Settlement(
             org=self.certificate.org,
             runner=self.id,
@@ -397,6 +398,13 @@ def start_of(command: Verified[Command]) -> ExecutionStart:
     args = parse_args(command.value)
     assert isinstance(args, ExecutionStart)
     return args
+
+
+def attempt_of(command: Verified[Command]) -> Attempt:
+    """The attempt that a start begins, with pipes or with a terminal."""
+    args = parse_args(command.value)
+    assert isinstance(args, ExecutionStart | PtyOpen)
+    return args.attempt
 
 
 async def closing_of(socket: ClientConnection) -> Closed:

@@ -28,7 +28,7 @@ class LogBytes:
     def write(self, payload: bytes, kind: RecordKind = RecordKind.STDOUT) -> "LogBytes":
         """One record of output."""
         self._add(kind, payload)
-        self._payloads[kind.name.lower()] += payload
+        self._payloads[kind.name.lower()] = self._payloads.get(kind.name.lower(), b"") + payload
         return self
 
     def slices(self, offset: int) -> list[bytes]:

@@ -34,11 +34,11 @@ class Spool:
         header = SegmentHeader(self.end, NO_SEGMENT, "ex_1.1")
         self._keep(encode_record(RecordKind.SEGMENT, encode_segment_header(header), UNIX_NS))
 
-    def write(self, payload: bytes) -> None:
+    def write(self, payload: bytes, kind: int = RecordKind.STDOUT) -> None:
         """One record of output."""
         if not self.bases:
             self.roll()
-        self._keep(encode_record(RecordKind.STDOUT, payload, UNIX_NS))
+        self._keep(encode_record(kind, payload, UNIX_NS))
 
     def tear(self, count: int) -> None:
         """The first bytes of a record whose rest never comes."""
