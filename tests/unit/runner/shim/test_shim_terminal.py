@@ -286,6 +286,7 @@ def test_a_size_that_no_terminal_has_ends_the_connection_and_nothing_else(start_
         other.connection.sock.sendall(frame)
         while other.connection.receive() is not None:
             pass
+    one.connection.send(200, b"a word of a later version")
     stranger = shim.connect()
     stranger.sock.sendall(wire.pack_type(b"vw_1", 0, b"q"))
     assert stranger.receive() is None
