@@ -148,6 +148,8 @@ def by_tmux(home: Path) -> Opener:
     """A client attached to a server of its own, without a status line."""
     base = ["tmux", "-f", "/dev/null", "-S", str(home / "tmux")]
     made = iter(range(1000))
+    # A server without sessions ends, perhaps while the next one is asked for.
+    subprocess.run([*base, "new-session", "-d", "-s", "keep", "sleep 100000"], check=True)
 
     @asynccontextmanager
     async def open_one(command: str) -> AsyncIterator[tuple[Type, Until]]:

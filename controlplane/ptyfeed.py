@@ -126,6 +126,9 @@ def open_at(row: LogRow, path: Path, attach: Attach, start: int | None, known: S
 
         drawn = snapshot.draw(found, size.rows, size.cols)
         return Opening(end, size, tuple(_output(end, drawn)), end)
+    if attach == "redraw" and found:
+        # The program draws the screen; the modes it set before it sets no more.
+        return Opening(end, size, tuple(_output(end, replay.preamble_at(found, end=end))), end)
     if attach != "replay" or not found:
         return Opening(end, size, (), end)
     plan = replay.plan(found, end=end)

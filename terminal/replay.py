@@ -124,6 +124,14 @@ def plan(records: Iterable[Record], *, end: int) -> Replay:
     return Replay(cut, preamble, *size, alternate=modes.alternate)
 
 
+def preamble_at(records: Iterable[Record], *, end: int) -> bytes:
+    """What brings a terminal that has seen nothing to the modes and colours that hold at `end`; what is on the screen stays."""
+    out = _collect(records, end)
+    data = bytes(out.data)
+    sized_at = max((place for place, _rows, _cols in out.sizes), default=0)
+    return FRESH + _modes_at(out, data, len(data)).setting() + _drawing_with(data, sized_at)
+
+
 def _collect(records: Iterable[Record], end: int) -> _Output:
     out = _Output()
     expected: int | None = None

@@ -9,7 +9,7 @@ from protocol.records import Record, records
 from runner.adapters.attemptfiles import LOG_DIR, segment_bases
 from runner.adapters.spool import Hole, SpoolReader
 from terminal.attach import LineRefused
-from terminal.replay import LOOK_BACK_BYTES, Stripper, output_of, plan, size_of
+from terminal.replay import LOOK_BACK_BYTES, Stripper, output_of, plan, preamble_at, size_of
 from terminal.viewing import Begin, Begun, Heard, Live, Output, Sized, Skipped
 
 READ_BYTES: Final = DATA_SLICE_BYTES_MAX
@@ -40,8 +40,12 @@ class PtyLog:
             return
         found = self._newest()
         self.at = found[-1].end if found else 0
-        if self._begin.attach not in ("replay", "snapshot") or not found:
+        if self._begin.attach == "none" or not found:
             yield Begun(self._name, writes, self.at, received)
+        elif self._begin.attach == "redraw":
+            # The program draws the screen; the modes it set before it sets no more.
+            yield Begun(self._name, writes, self.at, received)
+            yield Output(self.at, preamble_at(found, end=self.at))
         elif self._begin.attach == "snapshot":
             yield Begun(self._name, writes, self.at, received)
             yield Output(self.at, self._drawn(found))

@@ -32,7 +32,7 @@ def obey(guard: Guard, link: Link, kind: int, body: bytes) -> None:
     """Do what one message of `link` says. Raises WireError when its connection has to go."""
     if kind == wire.VIEW:
         _let_in(guard, link)
-    elif link.viewer and kind not in (*_OF_VIEWERS, wire.ARM):
+    elif link.viewer and kind in (wire.HELLO, wire.RENEW, *_GREETED_ONLY) and kind != wire.ARM:
         raise wire.WireError("not for a viewer to say")
     elif kind in _OF_VIEWERS:
         _look_on(guard, link, kind, body)
