@@ -58,6 +58,11 @@ class ShimTalk:
             held.link.input(offset, data, end=end)
         return held is not None
 
+    def settled(self, name: str) -> bool:
+        """Whether an attempt (by name) is settled and its shim was told: it may leave without another answer."""
+        held = self._held.get(name)
+        return held is not None and held.settled
+
     def type(self, name: str, viewer: str, offset: int, data: bytes) -> ShimLink | None:
         """What a viewer of a PTY (by name) types; returns the connection that it went over, None without one."""
         held = self._held.get(name)

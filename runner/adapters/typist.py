@@ -31,6 +31,9 @@ ASKED_MAX: Final = 1024
 class Terminals(Protocol):
     """Shims of PTYs, by the attempt's name."""
 
+    def settled(self, name: str) -> bool:
+        """Whether it is settled, and its shim answers no more."""
+
     def type(self, name: str, viewer: str, offset: int, data: bytes) -> object | None:
         """What a viewer types; returns the connection that it went over, None without one."""
 
@@ -121,6 +124,8 @@ class Typist:
 
     def _type(self, typed: Typed, seat: _Seat) -> None:
         data = open_typed(typed, seat.admitted.key)
+        if self._terminals.settled(typed.attempt):
+            raise RemoteError(Reason.NOT_RUNNING, "it is over")
         over = self._terminals.type(typed.attempt, typed.viewer, typed.offset, data)
         if over is None:
             files = read_attempt(self._root / typed.attempt)

@@ -452,7 +452,9 @@ async def test_a_viewer_that_comes_back_gets_what_it_missed(tmp_path: Path) -> N
                 assert (await second.expect("viewers"))["viewers"] == [{"viewer": viewer, "mode": "rw"}]
 
 
-@pytest.mark.parametrize(("attach", "shown"), [("none", b""), ("redraw", b"\x1b[?2004h"), ("snapshot", b"in the middle")])
+@pytest.mark.parametrize(
+    ("attach", "shown"), [("none", b""), ("redraw", b"\x1b[?2004h"), ("snapshot", b"in the middle")]
+)
 async def test_a_viewer_says_how_it_wants_to_begin(tmp_path: Path, attach: str, shown: bytes) -> None:
     """With nothing of what was, with its modes, or with the screen as an emulator has it; then what comes."""
     async with opened(tmp_path) as pty:

@@ -25,6 +25,11 @@ class Terminals:
     def __init__(self) -> None:
         self.told: list[tuple[object, ...]] = []
         self.over: object | None = "first"
+        self.ended = False
+
+    def settled(self, _name: str) -> bool:
+        """See the port."""
+        return self.ended
 
     def type(self, name: str, viewer: str, offset: int, data: bytes) -> object | None:
         """See the port."""
@@ -280,3 +285,12 @@ def test_without_descriptors_nothing_is_taken_and_nothing_breaks(desk: Desk, mon
     monkeypatch.setattr(typing, "admitted_viewer", full)
     desk.types()
     assert desk.reasons == [Reason.INFRA]
+
+
+def test_typing_to_what_is_settled_is_answered_by_us(desk: Desk) -> None:
+    """Its shim was told to leave, and may be gone before it reads another word."""
+    desk.admit()
+    desk.shims.ended = True
+    desk.types()
+    assert [(taken.closed, taken.reason) for taken in desk.said] == [(True, Reason.NOT_RUNNING)]
+    assert not desk.shims.told
