@@ -143,7 +143,7 @@ class Guard:
                 for accepted in self.links.accept():
                     self.poll.register(accepted, _READABLE)
             else:
-                self.poll.unregister(fd)  # closed by an earlier event of this round
+                self._forget(fd)  # closed by an earlier event of this round
         if self.log is not None:
             self.links.ring(self.log.end)
         if self.machine.state == machine.EXITED:
@@ -170,6 +170,12 @@ class Guard:
             if self.pipes.terminal is not None:
                 limit = min(limit, self.pipes.terminal.due_ms(now_ms))
         return limit if due is None else max(0, min(due - now_ms, limit))
+
+    def _forget(self, fd: int) -> None:
+        try:
+            self.poll.unregister(fd)
+        except KeyError:
+            pass  # who closed it said so already
 
     def _appear(self) -> None:
         """Listen anew when somebody deleted the socket: the next daemon looks for it."""

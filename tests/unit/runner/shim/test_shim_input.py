@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import hashlib
 import os
+import signal
 import struct
+import termios
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,3 +191,31 @@ def test_a_signal_to_the_tree_reaches_everybody(start_shim: StartShim) -> None:
     assert struct.unpack("<8sI", shim.controller.wait(wire.SIGNALLED))[1] >= 2
     assert shim.exit()["code"] == 0
     assert b"inner" in shim.log().stdout
+
+
+def test_an_end_that_comes_as_the_pipe_takes_more_is_an_end(start_shim: StartShim, tmp_path: Path) -> None:
+    """Both are heard of in one look: the last piece closes the pipe, of which the same look says that it takes more."""
+    shim = started(start_shim, "sh", "-c", f"while [ ! -e {tmp_path}/read ]; do sleep 0.02; done; wc -c")
+    give(shim.controller, 0, b"x" * 60_000)
+    give(shim.controller, 60_000, b"x" * 40_000)
+    while fed(shim.controller)[0] < 100_000:
+        pass
+    signal.pidfd_send_signal(shim.pidfd, signal.SIGSTOP)
+    (tmp_path / "read").touch()
+    wait_for(lambda: emptied(shim), "an empty pipe")
+    give(shim.controller, 100_000, b"y", end=True)
+    signal.pidfd_send_signal(shim.pidfd, signal.SIGCONT)
+    told = shim.exit()
+    assert (told["verdict"], told["code"], told["cause"]["kind"]) == ("exited", 0, "none")
+    assert shim.log().stdout.split() == [b"100001"]
+
+
+def emptied(shim: Shim) -> bool:
+    """Whether the child has read what its pipe held."""
+    pipe = os.open(f"/proc/{shim.meta()['child']['pid']}/fd/0", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        held = array.array("i", [0])
+        fcntl.ioctl(pipe, termios.FIONREAD, held)
+        return held[0] == 0
+    finally:
+        os.close(pipe)
