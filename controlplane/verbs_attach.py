@@ -5,20 +5,12 @@ from typing import Final
 import click
 
 from controlplane.reach import Reach, pass_reach, path_id
-
-MODES: Final = ("replay", "redraw", "snapshot", "none")
+from terminal.options import attach_options
 
 
 @click.command(short_help="Be at a terminal on a runner.")
 @click.argument("pty_id", metavar="PTY")
-@click.option("--read-only", is_flag=True, help="Only look on.")
-@click.option(
-    "--mode",
-    type=click.Choice(MODES),
-    default="replay",
-    show_default=True,
-    help="What is shown first: the newest of the log, what the program draws anew, the screen drawn once, or nothing.",
-)
+@attach_options
 @pass_reach
 def attach(reach: Reach, pty_id: str, read_only: bool, mode: str) -> None:
     """Be at a terminal: keys go to it, its output comes here, until it ends or you leave with Enter ~. (Enter ~? lists what else

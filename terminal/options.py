@@ -1,4 +1,4 @@
-"""Options that both command lines take: a duration, a size, nothing but `--json`."""
+"""Options that both command lines take: a duration, a size, how to attach, nothing but `--json`."""
 
 from collections.abc import Callable
 from typing import Any, Final
@@ -26,3 +26,17 @@ class Parsed(click.ParamType[int]):
 DURATION: Final = Parsed("duration", duration_ms)
 SIZE: Final = Parsed("size", size_bytes)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+
+ATTACH_MODES: Final = ("replay", "redraw", "snapshot", "none")
+
+
+def attach_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """`--read-only` and `--mode` of a verb that attaches to a PTY."""
+    mode = click.option(
+        "--mode",
+        type=click.Choice(ATTACH_MODES),
+        default="replay",
+        show_default=True,
+        help="What is shown first: the newest of the log, what the program draws anew, the screen drawn once, or nothing.",
+    )
+    return click.option("--read-only", is_flag=True, help="Only look on.")(mode(verb))

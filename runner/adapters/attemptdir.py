@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import shutil
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -268,25 +267,6 @@ def exit_of(directory: Path) -> ExitRecord | None:
     """What the shim left in `exit.json`, if that is a record."""
     found = read_attempt(directory).exit
     return None if found is None else parse_exit(directory.name, found)
-
-
-def dial(directory: Path) -> socket.socket:
-    """Connect to the socket of an attempt, however long the path is. Never waits.
-
-    Raises:
-        BlockingIOError: so many wait there that nobody seems to take them: it may be asked again.
-        OSError: nobody listens.
-    """
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        sock.connect(f"/proc/self/fd/{fd}/s")
-    except OSError:
-        sock.close()
-        raise
-    finally:
-        os.close(fd)
-    return sock
 
 
 def clear(directory: Path) -> None:

@@ -24,9 +24,9 @@ from protocol.lease import Lease
 from protocol.limits import BEAT_LEASES_MAX, FRAME_BYTES_MAX, KILL_WAIT_MS, LEASE_MARGIN_MS
 from protocol.messages import SUBPROTOCOL, Beaten, Bye, FromPlane, HeldLease, Message, decode_from_plane, encode
 from protocol.session import BeatAnswered, RunnerSession
-from runner.adapters.attemptdir import dial
 from runner.adapters.attemptfiles import ATTEMPTS_DIR
 from runner.adapters.shimlink import lease_body
+from runner.adapters.shimsocket import dial
 from runner.core.inputs import Now
 from runner.core.plans import LeaseAction
 from runner.errors import Broken, RunnerError

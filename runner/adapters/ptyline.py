@@ -6,8 +6,6 @@ Works with daemon and control plane down. A PTY that has ended, or whose shim wa
 import asyncio
 import errno
 import json
-import os
-import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any, Final
 from protocol.errors import RemoteError
 from runner.adapters.attemptfiles import read_attempt
 from runner.adapters.ptylog import PtyLog
+from runner.adapters.shimsocket import dial
 from runner.shim import wire
 from terminal.attach import Line, LineLost, LineRefused
 from terminal.viewing import Begin, Ended, Heard, Resizing, Said, Seen, Taken, Typing
@@ -53,7 +52,7 @@ class ShimDialer:
         alive = read_attempt(self._directory).alive
         try:
             async with asyncio.timeout(CONNECT_S):
-                reader, writer = await asyncio.open_unix_connection(sock=_dialled(self._directory))
+                reader, writer = await asyncio.open_unix_connection(sock=dial(self._directory))
         except (OSError, TimeoutError) as exc:
             if isinstance(exc, OSError) and exc.errno in _OURS:
                 raise LineRefused(f"{self._directory}: {exc.strerror}") from exc
@@ -217,17 +216,3 @@ class FilesLine:
             yield Ended(self._status())
         finally:
             self._log.close()
-
-
-def _dialled(directory: Path) -> socket.socket:
-    """The shim's socket, connected, however long its path is. Raises OSError."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        sock.connect(f"/proc/self/fd/{fd}/s")
-    except OSError:
-        sock.close()
-        raise
-    finally:
-        os.close(fd)
-    return sock

@@ -18,12 +18,13 @@ from protocol.errors import Reason
 from protocol.ids import Attempt
 from runner import failpoints
 from runner.adapters.account import own_account
-from runner.adapters.attemptdir import ShimSettings, clear, dial, expire_fences, lay_out, raise_fence, spec_of
+from runner.adapters.attemptdir import ShimSettings, clear, expire_fences, lay_out, raise_fence, spec_of
 from runner.adapters.attemptfiles import LOG_DIR, is_alive
 from runner.adapters.exitrecord import parse_exit
 from runner.adapters.forkserver import ForkServer
 from runner.adapters.remains import Remains, Stray
 from runner.adapters.shimlink import ShimLink, Words, identity
+from runner.adapters.shimsocket import dial
 from runner.adapters.shimtalk import Held, ShimTalk
 from runner.core.inputs import AttemptExited, AttemptLost, AttemptSignalled, ShimSilent
 from runner.core.plans import AttemptPlan, ExitRecord, Observed, Orphan, ProcessIdentity, Swept

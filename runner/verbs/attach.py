@@ -8,26 +8,19 @@ import click
 
 from runner.render import complain, print_table
 from runner.verbs.options import ExitCode, settings_of
+from terminal.options import attach_options
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from runner.config import Settings
 
-MODES: Final = ("replay", "redraw", "snapshot", "none")
 _NAME_CHARS_MAX: Final = 34
 
 
 @click.command(short_help="Be at a PTY of this machine.")
 @click.argument("wanted", metavar="[PTY]", required=False)
-@click.option("--read-only", is_flag=True, help="Only look on.")
-@click.option(
-    "--mode",
-    type=click.Choice(MODES),
-    default="replay",
-    show_default=True,
-    help="What is shown first: the newest of the log, what the program draws anew, the screen drawn once, or nothing.",
-)
+@attach_options
 @click.pass_context
 def attach(ctx: click.Context, wanted: str | None, read_only: bool, mode: str) -> None:
     """Be at a PTY of this machine: keys go to it, its output comes here, until it ends or you leave with Enter ~. (Enter ~?

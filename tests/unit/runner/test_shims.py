@@ -17,9 +17,10 @@ import pytest_asyncio
 from protocol.errors import Reason
 from protocol.ids import Attempt
 from runner import failpoints
-from runner.adapters.attemptdir import FENCES_DIR, dial, raise_fence
+from runner.adapters.attemptdir import FENCES_DIR, raise_fence
 from runner.adapters.cgroups import leaf
 from runner.adapters.shimlink import STOPS_MAX, Words
+from runner.adapters.shimsocket import dial
 from runner.adapters.tools import ShimTools
 from runner.core.inputs import AttemptExited, AttemptLost, RemainsSwept, ShimSilent
 from runner.core.plans import LeaseAction, ProcessIdentity
